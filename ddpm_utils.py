@@ -110,12 +110,12 @@ def set_up(seed=0):
     return device
 
 
-def progress_bar(items, desc, show=True):
+def progress_bar(items, desc, show=True, **options):
     """A tqdm bar over items (an iterable with a length), on the cell's own output; show=False gives a silent one.
 
-    Plain text rather than a widget: it looks the same in JupyterLab, in Colab and in the saved page.
+    Plain text rather than a widget: it looks the same in JupyterLab, in Colab and in the saved page. Options go to tqdm.
     """
-    return tqdm(items, desc=desc, file=sys.stdout, disable=not show, ncols=88, mininterval=0.3)
+    return tqdm(items, desc=desc, file=sys.stdout, disable=not show, ncols=88, mininterval=0.3, **options)
 
 
 def output_path(name):
@@ -672,8 +672,7 @@ def train(model, schedule, images, steps, batch_size=64, lr=1e-3, ema=None, warm
                             settings=settings)
 
     model.train()
-    bar = progress_bar(range(start, steps), "training", progress)
-    bar.initial, bar.total, bar.n = start, steps, start
+    bar = progress_bar(range(start, steps), "training", progress, initial=start, total=steps)
     step = start
     try:
         for step in bar:

@@ -10,6 +10,7 @@ Conventions: t is the paper's t, 1 … T; arrays over t have T + 1 entries, and 
 are float32 (B, C, H, W) with pixels in [-1, 1]; picture files and data sets are uint8 (N, C, H, W), 0 … 255.
 "DDPM" in a docstring is Ho et al. 2020, arXiv 2006.11239.
 """
+import contextlib
 import copy
 import hashlib
 import http.client
@@ -21,7 +22,9 @@ import shutil
 import socket
 import sys
 import tempfile
+import threading
 import urllib.request
+import zipfile
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -176,6 +179,20 @@ def _bad_files(folder):
     return bad
 
 
+def _wait_for_answer(urls):
+    """OSError where none answers within 3 * WAIT: a name server, and each of a name's addresses, can hang in turn."""
+    def knock():
+        for url in urls:
+            with contextlib.suppress(Exception):  # an error is an answer, too: torchvision will say which
+                urllib.request.urlopen(url, timeout=WAIT).close()
+        answered.set()
+
+    answered = threading.Event()
+    threading.Thread(target=knock, daemon=True).start()
+    if not answered.wait(3 * WAIT):
+        raise OSError(f"no answer within {3 * WAIT} seconds")
+
+
 def _download_fashion_mnist(folder):
     """Downloads into a folder of its own first, so that no half file is ever found under the real name."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -183,6 +200,7 @@ def _download_fashion_mnist(folder):
     socket.setdefaulttimeout(WAIT)  # torchvision sets no time limit of its own
     room = pathlib.Path(tempfile.mkdtemp(prefix=".download-", dir=folder))
     try:
+        _wait_for_answer(torchvision.datasets.FashionMNIST.mirrors)
         torchvision.datasets.FashionMNIST(room, download=True)
         bad = _bad_files(room)
         if bad:
@@ -216,8 +234,8 @@ def load_fashion_mnist(split="train", root=None):
         print("Downloading Fashion-MNIST (30 MB) …")
         try:
             _download_fashion_mnist(folder)
-        except (OSError, RuntimeError, EOFError, http.client.HTTPException) as error:
-            reason = str(error).strip().split("\n")[0][:120] or type(error).__name__
+        except (OSError, RuntimeError, EOFError, ValueError, http.client.HTTPException) as error:
+            reason = ([line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__])[-1][:120]
             print(f"Fashion-MNIST can't be had here ({reason}): using a stand-in, silhouettes drawn by code.")
             return _draw_stand_in(split)
     data = torchvision.datasets.FashionMNIST(folder, train=split == "train", download=False)
@@ -298,7 +316,11 @@ def show_images(images, titles=None, columns=None, title=None, scale=1.0):
     _check(torch.is_tensor(images) and images.dim() == 4 and images.shape[1] in (1, 3) and len(images) > 0,
            f"images is {tuple(images.shape) if torch.is_tensor(images) else type(images)}; "
            "wanted a tensor of shape (N, 1, H, W) or (N, 3, H, W)")
-    _check(titles is None or len(titles) == len(images), "titles must hold one text per picture")
+    _check(images.dtype == torch.uint8 or images.is_floating_point(), f"images is {images.dtype}; wanted uint8 or floats")
+    _check(titles is None or isinstance(titles, (list, tuple)) and len(titles) == len(images),
+           "titles must hold one text per picture")
+    _check_number("columns", 1 if columns is None else columns, 1, integer=True)
+    _check_number("scale", scale, 0.01)
     u8 = (images if images.dtype == torch.uint8 else to_uint8(images)).cpu()
     n, columns = len(u8), columns or min(len(u8), 10)
     rows = math.ceil(n / columns)
@@ -327,9 +349,12 @@ def save_gif(frames, path, milliseconds=60, hold=2000, enlarge=1):
     is stretched). milliseconds: per frame; hold: of the last one. enlarge: whole-number magnification.
     ValueError for other shapes; OSError where the path can't be written, with no half-written file left.
     """
-    _check(torch.is_tensor(frames) and frames.dim() in (3, 4) and len(frames) > 0,
-           f"frames is {tuple(frames.shape) if torch.is_tensor(frames) else type(frames)}; "
-           "wanted a tensor of shape (F, H, W) or (F, C, H, W)")
+    _check(torch.is_tensor(frames) and (frames.dim() == 3 or frames.dim() == 4 and frames.shape[1] in (1, 3))
+           and len(frames) > 0 and (frames.dtype == torch.uint8 or frames.is_floating_point()),
+           f"frames is {f'{frames.dtype} {tuple(frames.shape)}' if torch.is_tensor(frames) else type(frames)}; "
+           "wanted a uint8 or float tensor of shape (F, H, W) or (F, C, H, W), C 1 or 3")
+    _check_number("milliseconds", milliseconds, 0, 65_535)
+    _check_number("hold", hold, 0, 65_535)
     _check_number("enlarge", enlarge, 1, 32, integer=True)
     u8 = (frames if frames.dtype == torch.uint8 else to_uint8(frames)).cpu()
     u8 = u8[:, None] if u8.dim() == 3 else u8
@@ -358,7 +383,8 @@ def _write_whole(path, write):
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
         raise OSError(f"{path.name} could not be written ({error}); what was there before is untouched") from error
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink()
 
 
 # ------------------------------------------------------------------ 01: schedule and forward noising
@@ -650,6 +676,7 @@ def train(model, schedule, images, steps, batch_size=64, lr=1e-3, ema=None, warm
         _check_number(name, value, 1, integer=True)
     _check_number("warmup", warmup, 0, integer=True)
     _check_number("lr", lr, 0)
+    _check_number("seed", seed, 0, 2**32 - 1, integer=True)
     _check_number("clip", clip, 0)
     device = next(model.parameters()).device
     schedule, images = schedule.to(device), images.to(device)   # the whole data set, once: no copying in the loop
@@ -662,10 +689,11 @@ def train(model, schedule, images, steps, batch_size=64, lr=1e-3, ema=None, warm
                 "pictures": len(images)}
     start = 0
     if checkpoint is not None and pathlib.Path(checkpoint).exists():
-        start = _resume(checkpoint, model, ema, optimizer, scaler, generator, losses, settings)
+        start = _resume(checkpoint, model, schedule, ema, optimizer, scaler, generator, losses, settings)
 
     def save(step):
-        _check_finite(losses[:step], step, checkpoint)
+        for numbers in (losses[:step], *model.parameters()):  # the loss can be fine, and the weights after it not
+            _check_finite(numbers, step, checkpoint)
         if checkpoint is not None:
             save_checkpoint(checkpoint, model, schedule, ema, optimizer=optimizer.state_dict(), step=step,
                             scaler=scaler.state_dict(), generator=generator.get_state(), losses=losses.cpu(),
@@ -712,10 +740,10 @@ def train(model, schedule, images, steps, batch_size=64, lr=1e-3, ema=None, warm
 def _check_finite(loss, step, checkpoint):
     if not bool(torch.isfinite(loss).all()):
         kept = f"; the last good checkpoint is kept in {pathlib.Path(checkpoint).name}" if checkpoint else ""
-        raise FloatingPointError(f"the loss is no longer a number at step {step}: try a smaller lr or clip{kept}")
+        raise FloatingPointError(f"the loss or a weight is no longer a number at step {step}: try a smaller lr or clip{kept}")
 
 
-def _resume(path, model, ema, optimizer, scaler, generator, losses, settings):
+def _resume(path, model, schedule, ema, optimizer, scaler, generator, losses, settings):
     """Continues an unfinished run; a finished one starts anew. Returns the step to start from."""
     saved = load_checkpoint(path)
     _check("settings" in saved, f"{pathlib.Path(path).name} is no training checkpoint; wanted one that train wrote")
@@ -726,10 +754,16 @@ def _resume(path, model, ema, optimizer, scaler, generator, losses, settings):
                        "give another file, or delete this one")
     _check((ema is None) == (saved["ema"] is None), "checkpoint was written with ema and train was called without, "
                                                     "or the other way round; call it the same way")
+    _check(torch.equal(saved["betas"], schedule.betas[1:].cpu()),
+           f"checkpoint {pathlib.Path(path).name} is of a run with another schedule; give another file, or delete this one")
+    try:
+        scaler.load_state_dict(saved["scaler"])
+        generator.set_state(saved["generator"].cpu())
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"checkpoint {pathlib.Path(path).name} was written on another kind of device ({error}); "
+                         "go on there, or give another file") from error
     load_checkpoint(path, model, ema)
     optimizer.load_state_dict(saved["optimizer"])
-    scaler.load_state_dict(saved["scaler"])
-    generator.set_state(saved["generator"].cpu())
     losses.copy_(saved["losses"])
     return saved["step"]
 
@@ -754,19 +788,23 @@ def load_checkpoint(path, model=None, ema=None):
     if not path.exists():
         raise FileNotFoundError(f"there is no checkpoint {path.name} in {path.parent.name or '.'}")
     try:
+        with zipfile.ZipFile(path) as archive:  # torch.load does not compare the sums that torch.save wrote
+            _check(archive.testzip() is None, "a part is not what was written")
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load has a different exception for every kind of damage
         raise ValueError(f"{path.name} is damaged or no checkpoint ({type(error).__name__}); "
                          "delete it, or fetch it again") from error
-    _check(isinstance(content, dict) and "model" in content, f"{path.name} holds no network; wanted a checkpoint")
+    _check(isinstance(content, dict) and isinstance(content.get("model"), dict),
+           f"{path.name} holds no network; wanted a checkpoint")
+    _check(ema is None or content.get("ema") is not None, f"{path.name} holds no ema; load it without")
     try:
         if model is not None:
             model.load_state_dict(content["model"])
-        if ema is not None and content["ema"] is not None:
+        if ema is not None:
             ema.model.load_state_dict(content["ema"])
             ema.updates = content["ema_updates"]
     except RuntimeError as error:
-        raise ValueError(f"{path.name} does not fit this network: it was saved from UNet(**{content['unet']})") from error
+        raise ValueError(f"{path.name} does not fit this network: it was saved from UNet(**{content.get('unet')})") from error
     return content
 
 
@@ -778,7 +816,7 @@ def _weights_file(file):
         raise FileNotFoundError(f"there are no weights {file}: notebooks/weights/ holds "
                                 f"{sorted(p.name for p in places[0].glob('*.pt'))}")
     for name in (file, "SHA256SUMS"):
-        if folder is None or not (folder / name).exists():
+        if folder is None:
             url = os.environ.get("DDPM_URL", f"https://raw.githubusercontent.com/{REPOSITORY}/{TAG}")
             try:
                 with urllib.request.urlopen(f"{url}/notebooks/weights/{name}", timeout=WAIT) as answer:
@@ -788,7 +826,8 @@ def _weights_file(file):
                               "notebooks/weights/ into a folder weights/ beside ddpm_utils.py") from error
             _write_whole(places[1] / name, lambda f: f.write(data))
     folder = folder or places[1]
-    wanted = dict(reversed(line.split()) for line in (folder / "SHA256SUMS").read_text().splitlines())
+    lines = [line.split() for line in (folder / "SHA256SUMS").read_text().splitlines()]
+    wanted = {line[1]: line[0] for line in lines if len(line) == 2}
     found = hashlib.sha256((folder / file).read_bytes()).hexdigest()
     _check(wanted.get(file) == found, f"{file} is damaged: its SHA-256 begins with {found[:8]}, wanted "
                                       f"{str(wanted.get(file))[:8]} (SHA256SUMS); delete it and fetch it again")
@@ -910,6 +949,11 @@ class GarmentClassifier(nn.Module):
 @torch.no_grad()
 def garment_features(classifier, images, batch_size=500):
     """Features (N, 64) float32 and probabilities (N, 10) of pictures, uint8 or in [-1, 1], (N, 1, 28, 28); on the cpu."""
+    _check(torch.is_tensor(images) and images.dim() == 4 and tuple(images.shape[1:]) == (1, 28, 28) and len(images) > 0
+           and (images.dtype == torch.uint8 or images.is_floating_point()),
+           f"images is {f'{images.dtype} {tuple(images.shape)}' if torch.is_tensor(images) else type(images)}; "
+           "wanted a uint8 or float tensor of shape (N, 1, 28, 28)")
+    _check_number("batch_size", batch_size, 1, integer=True)
     device = next(classifier.parameters()).device
     features, probabilities = [], []
     for batch in images.split(batch_size):
@@ -926,7 +970,16 @@ def feature_statistics(features):
     _check(features.dim() == 2 and len(features) >= 2,
            f"features has shape {tuple(features.shape)}; wanted (N, D) with N at least 2")
     features = features.cpu().double()
-    return features.mean(dim=0), torch.cov(features.T)
+    return features.mean(dim=0), torch.cov(features.T).view(features.shape[1], -1)
+
+
+def _check_gaussians(mean1, cov1, mean2, cov2):
+    given = {"mean1": mean1, "cov1": cov1, "mean2": mean2, "cov2": cov2}
+    shapes = {name: tuple(x.shape) if torch.is_tensor(x) else type(x).__name__ for name, x in given.items()}
+    d = shapes["mean1"][0] if torch.is_tensor(mean1) and mean1.dim() == 1 else 0
+    _check(d > 0 and shapes == {"mean1": (d,), "cov1": (d, d), "mean2": (d,), "cov2": (d, d)},
+           f"{', '.join(f'{name} is {shape}' for name, shape in shapes.items())}; "
+           "wanted means of shape (D,) and covariances of shape (D, D)")
 
 
 def frechet_distance(mean1, cov1, mean2, cov2):
@@ -934,6 +987,8 @@ def frechet_distance(mean1, cov1, mean2, cov2):
 
     means (D,) and covariances (D, D) in float64 on the cpu; a float, 0 where the two agree.
     """
+    _check_gaussians(mean1, cov1, mean2, cov2)
+
     def root(matrix):  # the symmetric square root
         values, vectors = torch.linalg.eigh(matrix)
         return vectors @ torch.diag(values.clamp(min=0).sqrt()) @ vectors.T

@@ -1,0 +1,182 @@
+"""From the bound to L_simple: Bayes on a grid, numerical integration, and a second derivation of Eq. 12's weight."""
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from ddpm_utils import cosine_schedule, linear_schedule, simple_loss
+
+
+def one(value):
+    return torch.tensor([float(value)])
+
+
+def step(t):
+    return torch.tensor([t], dtype=torch.int64)
+
+
+def density(x, mean, variance):
+    return np.exp(-(x - mean) ** 2 / (2 * variance)) / np.sqrt(2 * np.pi * variance)
+
+
+def posterior(schedule, x0, xt, t):
+    mean, variance = schedule.q_posterior(one(x0), one(xt), step(t))
+    return float(mean), float(variance)
+
+
+@pytest.mark.parametrize("make", [linear_schedule, cosine_schedule], ids=["linear", "cosine"])
+@pytest.mark.parametrize("T, t", [(1000, 2), (1000, 50), (1000, 500), (1000, 990), (20, 2), (20, 19), (20, 20)])
+def test_posterior_is_bayes_on_a_grid(make, T, t):
+    """q(x_{t-1} given x_t, x_0) ∝ q(x_t given x_{t-1}) q(x_{t-1} given x_0), multiplied out on a grid."""
+    schedule, x0 = make(T), 0.6
+    beta, before = float(schedule.betas[t]), float(schedule.alpha_bars[t - 1])
+    xt = float(schedule.signal_scale[t] * x0 - 1.3 * schedule.noise_scale[t])  # 1.3 deviations below its mean
+    mean, variance = posterior(schedule, x0, xt, t)
+    spread = math.sqrt(1 - before)
+    grid = np.linspace(math.sqrt(before) * x0 - 9 * spread, math.sqrt(before) * x0 + 9 * spread, 400_001)
+    product = density(xt, math.sqrt(1 - beta) * grid, beta) * density(grid, math.sqrt(before) * x0, 1 - before)
+    product /= product.sum()
+    grid_mean = (grid * product).sum()
+    grid_variance = ((grid - grid_mean) ** 2 * product).sum()
+    assert mean == pytest.approx(grid_mean, abs=2e-4 * max(1, math.sqrt(variance)))
+    assert variance == pytest.approx(grid_variance, rel=2e-3)  # 1 - ᾱ_1 from float32 has three digits less
+
+
+def test_posterior_at_1_is_x0_itself():
+    mean, variance = posterior(linear_schedule(), 0.6, -3.0, 1)
+    assert mean == pytest.approx(0.6, abs=1e-6) and variance == 0
+
+
+def test_small_and_large_variance_differ_only_at_small_t():
+    schedule = linear_schedule(1000)
+    ratio = schedule.posterior_variance[1:] / schedule.betas[1:]
+    assert float(ratio[2 - 1]) == pytest.approx(0.45, abs=0.005)
+    assert float(ratio[51 - 1]) == pytest.approx(0.96, abs=0.005)
+    assert (ratio[51:] > 0.96).all() and (ratio < 1).all()
+
+
+def kl_by_integration(mean1, variance1, mean2, variance2):
+    reach = 12 * math.sqrt(max(variance1, variance2)) + abs(mean1 - mean2)
+    x = np.linspace(mean1 - reach, mean1 + reach, 400_001)
+    log_ratio = (-(x - mean1) ** 2 / variance1 + (x - mean2) ** 2 / variance2) / 2 + math.log(variance2 / variance1) / 2
+    return float((density(x, mean1, variance1) * log_ratio).sum() * (x[1] - x[0]))
+
+
+@pytest.mark.parametrize("sigma", ["beta", "beta_tilde"])
+@pytest.mark.parametrize("t", [2, 60, 349, 900])
+def test_kl_term_is_the_weighted_noise_error(t, sigma):
+    """L_{t-1} integrated numerically = constant + |μ̃ - μ_θ|²/(2σ²) (Eq. 8) = constant + weight · |ε - ε_θ|² (Eq. 12)."""
+    schedule, x0, noise, guess = linear_schedule(1000), 0.4, 0.9, -0.2
+    xt = schedule.q_sample(one(x0), step(t), one(noise))
+    mean, variance = schedule.q_posterior(one(x0), xt, step(t))
+    believed = schedule.predict_x0(xt, step(t), one(guess))
+    model_mean, _ = schedule.q_posterior(believed, xt, step(t))
+    mean, variance, model_mean = float(mean), float(variance), float(model_mean)
+    beta, alpha, alpha_bar = (float(a[t]) for a in (schedule.betas, schedule.alphas, schedule.alpha_bars))
+    sigma2 = beta if sigma == "beta" else variance
+
+    constant = (variance / sigma2 - 1 + math.log(sigma2 / variance)) / 2  # 0 for β̃
+    weight = beta**2 / (2 * sigma2 * alpha * (1 - alpha_bar))
+    integrated = kl_by_integration(mean, variance, model_mean, sigma2)
+    assert integrated == pytest.approx(constant + (mean - model_mean) ** 2 / (2 * sigma2), rel=1e-4)
+    assert integrated == pytest.approx(constant + weight * (noise - guess) ** 2, rel=5e-3)
+
+
+@pytest.mark.parametrize("t", [1, 2, 100, 999, 1000])
+def test_mean_in_terms_of_noise(t):
+    """Eq. 11 from Eq. 7: the posterior's mean at the believed x_0 is (x_t - β/√(1-ᾱ) ε)/√α."""
+    schedule = linear_schedule(1000)
+    xt, noise = torch.randn(64), torch.randn(64)
+    many = torch.full((64,), t)
+    mean, _ = schedule.q_posterior(schedule.predict_x0(xt, many, noise), xt, many)
+    beta, alpha_bar = float(schedule.betas[t]), schedule.alpha_bars[t].item()
+    direct = (xt - beta / math.sqrt(1 - alpha_bar) * noise) / math.sqrt(1 - beta)
+    torch.testing.assert_close(mean, direct, rtol=1e-4, atol=2e-4)
+
+
+def test_weight_of_eq_12_is_the_halved_drop_of_snr():
+    """A second road to the weight, for σ_t² = β̃_t: L_{t-1} = ½ (SNR(t-1) - SNR(t)) |x_0 - x̂_0|² (Kingma et al. 2021,
+    arXiv 2107.00630), and |x_0 - x̂_0|² = |ε - ε_θ|²/SNR(t). So the weight is ½ (SNR(t-1)/SNR(t) - 1)."""
+    for schedule in (linear_schedule(1000), cosine_schedule(1000)):
+        a, beta = schedule.alpha_bars.double(), schedule.betas.double()
+        snr = a / (1 - a)
+        for t in (2, 10, 349, 700, 990):
+            weight = beta[t] ** 2 / (2 * schedule.posterior_variance[t].double() * (1 - beta[t]) * (1 - a[t]))
+            assert float(weight) == pytest.approx(float(snr[t - 1] / snr[t] - 1) / 2, rel=5e-3)
+
+
+def test_weight_of_eq_12_in_numbers():
+    schedule = linear_schedule(1000)
+    beta, noise_variance = schedule.betas[1:].double(), schedule.noise_scale[1:].double() ** 2
+    weight = beta / (2 * (1 - beta) * noise_variance)  # σ_t² = β_t
+    for t, value in ((1, 0.50), (50, 0.019), (349, 0.0050), (1000, 0.010)):
+        assert float(weight[t - 1]) == pytest.approx(value, rel=0.03)
+    assert abs(int(weight.argmin()) + 1 - 349) <= 2
+
+
+# ------------------------------------------------------------------ L_simple
+
+class Recorder:
+    """A model that remembers what it was called with, and answers with a multiple of it."""
+
+    def __init__(self):
+        self.seen = []
+
+    def __call__(self, xt, t):
+        self.seen.append((xt.clone(), t.clone()))
+        return 0.5 * xt
+
+
+@pytest.mark.parametrize("trailing", [(), (2,), (1, 4, 4)])
+def test_simple_loss_is_the_loop(trailing):
+    schedule = linear_schedule(100)
+    x0, noise, t = torch.rand(3, *trailing), torch.randn(3, *trailing), torch.tensor([1, 50, 100])
+    total, count = 0.0, 0
+    for b in range(3):
+        alpha_bar = math.prod(1 - float(beta) for beta in schedule.betas[1:int(t[b]) + 1])
+        for x, e in zip(x0[b].flatten().tolist(), noise[b].flatten().tolist()):
+            xt = math.sqrt(alpha_bar) * x + math.sqrt(1 - alpha_bar) * e
+            total, count = total + (e - 0.5 * xt) ** 2, count + 1
+    loss = simple_loss(Recorder(), schedule, x0, t, noise)
+    assert loss.shape == () and float(loss) == pytest.approx(total / count, rel=1e-4)
+
+
+def test_simple_loss_of_a_perfect_and_of_a_silent_model():
+    schedule, x0, noise = linear_schedule(100), torch.rand(4, 1, 8, 8), torch.randn(4, 1, 8, 8)
+    t = torch.tensor([1, 2, 3, 4])
+    assert float(simple_loss(lambda xt, t: noise, schedule, x0, t, noise)) == 0
+    silent = simple_loss(lambda xt, t: torch.zeros_like(xt), schedule, x0, t, noise)
+    assert float(silent) == pytest.approx(float((noise**2).mean()), rel=1e-5)
+
+
+def test_t_is_drawn_evenly_from_1_to_T_and_noise_is_standard_normal():
+    model, T, n = Recorder(), 5, 20_000
+    schedule = linear_schedule(T)
+    simple_loss(model, schedule, torch.zeros(n, 1))
+    xt, t = model.seen[0]
+    assert t.dtype == torch.int64 and t.shape == (n,)
+    counts = torch.bincount(t, minlength=T + 1).double()
+    assert counts[0] == 0 and len(counts) == T + 1
+    assert ((counts[1:] - n / T).abs() < 5 * math.sqrt(n / T * (1 - 1 / T))).all()
+    noise = xt[:, 0] / schedule.noise_scale[t]  # x_0 is 0
+    assert abs(float(noise.mean())) < 5 / math.sqrt(n)
+    assert abs(float(noise.var()) - 1) < 5 * math.sqrt(2 / n)
+
+
+def test_every_call_draws_anew_and_the_seed_fixes_it():
+    schedule, x0 = linear_schedule(50), torch.zeros(64, 1, 4, 4)
+    torch.manual_seed(3)
+    first, second = simple_loss(Recorder(), schedule, x0), simple_loss(Recorder(), schedule, x0)
+    torch.manual_seed(3)
+    again = simple_loss(Recorder(), schedule, x0)
+    assert first != second and first == again
+
+
+def test_gradient_of_simple_loss():
+    """For ε_θ = w x_t the derivative is known: d/dw mean (w x_t - ε)² = mean 2 x_t (w x_t - ε)."""
+    schedule, x0, noise, t = linear_schedule(100), torch.rand(6, 3), torch.randn(6, 3), torch.full((6,), 40)
+    w = torch.tensor(0.3, requires_grad=True)
+    simple_loss(lambda xt, t: w * xt, schedule, x0, t, noise).backward()
+    xt = schedule.q_sample(x0, t, noise)
+    assert float(w.grad) == pytest.approx(float((2 * xt * (0.3 * xt - noise)).mean()), rel=1e-4)

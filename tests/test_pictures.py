@@ -1,0 +1,210 @@
+"""Pixels, grids of pictures, GIFs, and where they are written."""
+import pathlib
+import tempfile
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageSequence
+
+import ddpm_utils
+from ddpm_utils import output_path, save_gif, set_up, show_images, to_model_range, to_uint8
+
+
+def ramp(n=4, channels=1, low=0, high=255, size=6):
+    """n pictures whose pixels run evenly from low to high."""
+    values = torch.linspace(low, high, n * channels * size * size).round().to(torch.uint8)
+    return values.view(n, channels, size, size)
+
+
+# ------------------------------------------------------------------ pixels
+
+def test_every_pixel_value_survives_the_round_trip():
+    u8 = torch.arange(256, dtype=torch.uint8)
+    x = to_model_range(u8)
+    assert x.dtype == torch.float32 and float(x[0]) == -1 and float(x[255]) == 1
+    assert torch.equal(to_uint8(x), u8)
+    torch.testing.assert_close(x, (2 * torch.arange(256) / 255 - 1).float())  # evenly spaced
+
+
+def test_what_is_outside_is_cut_off_and_what_is_between_is_rounded():
+    x = torch.tensor([-9.0, -1.001, -1.0, 0.0, 1.0, 1.001, 9.0, -1 + 0.9 / 127.5, -1 + 0.4 / 127.5])
+    assert to_uint8(x).tolist() == [0, 0, 0, 128, 255, 255, 255, 1, 0]
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 1, 4, 4), (2, 3, 4, 4)])
+def test_any_shape_and_float_type(shape):
+    u8 = torch.randint(0, 256, shape, dtype=torch.uint8)
+    kept = u8.clone()
+    assert to_model_range(u8).shape == shape and torch.equal(u8, kept)
+    x = to_model_range(u8).double().requires_grad_()
+    assert torch.equal(to_uint8(x), u8) and to_uint8(x).dtype == torch.uint8
+
+
+# ------------------------------------------------------------------ grids
+
+def drawn(figure):
+    return [image for axis in figure.axes for image in axis.get_images()]
+
+
+def test_a_grid_has_every_picture_in_its_place():
+    images = ramp(7)
+    (image,) = drawn(show_images(images, columns=3))
+    grid = np.asarray(image.get_array())[:, :, 0]
+    for i in range(7):  # a border of one pixel around each
+        top, left = 1 + (i // 3) * 7, 1 + (i % 3) * 7
+        assert np.array_equal(grid[top:top + 6, left:left + 6], images[i, 0].numpy()), i
+
+
+@pytest.mark.parametrize("titles", [None, ["a", "b"]])
+def test_one_range_for_all(titles):
+    """A dark picture stays dark beside a bright one, and alone."""
+    dark, bright = ramp(1, high=50), ramp(1, low=200)
+    for images in (torch.cat([dark, bright]), torch.cat([dark, dark])):
+        for image in drawn(show_images(images, titles)):
+            values = np.asarray(image.get_array())
+            assert values.dtype == np.uint8
+            assert values.ndim == 3 and values.shape[2] == 3 or image.get_clim() == (0, 255)
+
+
+def test_titles_and_title():
+    figure = show_images(ramp(3), ["one", "two", "three"], columns=2, title="above")
+    assert [axis.get_title() for axis in figure.axes][:3] == ["one", "two", "three"]
+    assert figure._suptitle.get_text() == "above" and len(drawn(figure)) == 3
+    for i, image in enumerate(drawn(figure)):
+        assert np.array_equal(np.asarray(image.get_array()).reshape(6, 6, -1)[:, :, 0], ramp(3)[i, 0].numpy())
+
+
+def test_floats_are_the_same_as_bytes_and_colours_stay():
+    for images in (ramp(2), ramp(2, channels=3)):
+        (as_bytes,), (as_floats,) = drawn(show_images(images)), drawn(show_images(to_model_range(images)))
+        assert np.array_equal(as_bytes.get_array(), as_floats.get_array())
+    grid = np.asarray(as_bytes.get_array())
+    assert np.array_equal(grid[1:7, 1:7], ramp(2, channels=3)[0].permute(1, 2, 0).numpy())
+
+
+def test_one_picture_and_many():
+    assert isinstance(show_images(ramp(1)), plt.Figure)
+    show_images(ramp(23))
+    show_images(torch.zeros(2, 1, 5, 9).requires_grad_())
+    assert show_images(ramp(1), scale=3).get_size_inches()[0] > show_images(ramp(1)).get_size_inches()[0]
+
+
+# ------------------------------------------------------------------ GIF
+
+def read_gif(path):
+    with Image.open(path) as gif:
+        return [(np.asarray(frame.convert("RGB")).copy(), frame.info["duration"]) for frame in
+                ImageSequence.Iterator(gif)], gif.info.get("loop")
+
+
+@pytest.mark.parametrize("form", ["(F, 1, H, W)", "(F, H, W)", "floats"])
+def test_a_gif_has_the_frames_exactly(tmp_path, form):
+    frames = ramp(5, size=8)
+    given = {"(F, H, W)": frames[:, 0], "floats": to_model_range(frames)}.get(form, frames)
+    path = save_gif(given, tmp_path / "deep" / "a.gif", milliseconds=70, hold=1500)
+    assert path == tmp_path / "deep" / "a.gif" and isinstance(path, pathlib.Path)
+    read, loop = read_gif(path)
+    assert len(read) == 5 and loop == 0  # for ever
+    for frame, (pixels, _) in zip(frames[:, 0].numpy(), read):
+        assert np.array_equal(pixels, np.repeat(frame[:, :, None], 3, axis=2))
+    assert [duration for _, duration in read] == [70, 70, 70, 70, 1500]
+
+
+def test_one_range_for_all_frames(tmp_path):
+    """A frame that uses a fifth of the range must not be stretched to all of it."""
+    dim, full = torch.linspace(-0.1, 0.1, 64).view(1, 1, 8, 8), torch.linspace(-1, 1, 64).view(1, 1, 8, 8)
+    read, _ = read_gif(save_gif(torch.cat([dim, full]), tmp_path / "a.gif"))
+    assert read[0][0].min() == 115 and read[0][0].max() == 140
+    assert read[1][0].min() == 0 and read[1][0].max() == 255
+
+
+def test_enlarged_and_coloured(tmp_path):
+    frames = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
+    frames[0, 0], frames[1, 2] = 255, 255  # red, then blue
+    read, _ = read_gif(save_gif(frames, str(tmp_path / "a.gif"), enlarge=3))
+    assert [pixels.shape for pixels, _ in read] == [(12, 12, 3)] * 2
+    assert (read[0][0] == [255, 0, 0]).all() and (read[1][0] == [0, 0, 255]).all()
+    checks = ((torch.arange(4)[:, None] + torch.arange(4)) % 2 * 255).to(torch.uint8)
+    read, _ = read_gif(save_gif(checks[None], tmp_path / "b.gif", enlarge=2))
+    assert np.array_equal(read[0][0][:, :, 0], checks.numpy().repeat(2, 0).repeat(2, 1))
+
+
+def test_a_gif_with_frames_that_do_not_change_lasts_as_long(tmp_path):
+    read, _ = read_gif(save_gif(ramp(1).repeat(4, 1, 1, 1), tmp_path / "a.gif", milliseconds=50, hold=1000))
+    assert sum(duration for _, duration in read) == 1150
+
+
+def test_a_gif_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(OSError, match="a.gif could not be written"):
+        save_gif(ramp(), tmp_path / "file" / "a.gif")
+    (tmp_path / "folder.gif").mkdir()
+    with pytest.raises(OSError, match="folder.gif could not be written"):
+        save_gif(ramp(), tmp_path / "folder.gif")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.gif"]
+
+
+def test_a_full_disk_leaves_the_old_gif(tmp_path, monkeypatch):
+    path = save_gif(ramp(), tmp_path / "a.gif")
+    before = path.read_bytes()
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ddpm_utils.os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        save_gif(ramp(9), path)
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["a.gif"]
+
+
+# ------------------------------------------------------------------ where it goes
+
+def test_a_learner_writes_to_outputs_and_a_maintainer_to_img(tmp_path, monkeypatch):
+    monkeypatch.setattr(ddpm_utils, "HERE", tmp_path)
+    for value in (None, "", "0"):
+        monkeypatch.delenv("DDPM_MAINTAINER", raising=False)
+        if value is not None:
+            monkeypatch.setenv("DDPM_MAINTAINER", value)
+        assert output_path("a.png") == tmp_path / "outputs" / "a.png"
+    assert not (tmp_path / "img").exists() and (tmp_path / "outputs").is_dir()
+    monkeypatch.setenv("DDPM_MAINTAINER", "1")
+    assert output_path("a.png") == tmp_path / "img" / "a.png" and (tmp_path / "img").is_dir()
+
+
+def test_a_checkout_that_cannot_be_written(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("not a folder")
+    monkeypatch.delenv("DDPM_MAINTAINER", raising=False)
+    monkeypatch.setattr(ddpm_utils, "HERE", tmp_path / "file")
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
+    path = output_path("a.gif")
+    assert path.parent.is_dir() and path.parent.parent == tmp_path
+    save_gif(ramp(), path)
+
+
+def test_outputs_are_ignored_by_git():
+    ignored = (pathlib.Path(ddpm_utils.__file__).parent / ".gitignore").read_text().split()
+    assert "outputs/" in ignored and "data/" in ignored
+
+
+# ------------------------------------------------------------------ set_up
+
+def test_set_up_seeds_everything_and_says_so_in_one_line(capsys):
+    import random
+
+    def draws():
+        return random.random(), np.random.rand(), torch.rand(1).item()
+
+    with plt.rc_context():
+        device = set_up(3)
+        first = draws()
+        set_up(3)
+        assert draws() == first
+        set_up(4)
+        assert all(a != b for a, b in zip(draws(), first))
+        capsys.readouterr()
+        set_up()
+    out, err = capsys.readouterr()
+    assert isinstance(device, torch.device) and device.type in ("cuda", "mps", "cpu")
+    assert out.startswith(f"device: {device.type}") and out.count("\n") == 1 and err == ""

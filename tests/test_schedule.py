@@ -1,0 +1,159 @@
+"""The forward process: the arrays of a schedule and the three formulas that use them, against the chain itself."""
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from ddpm_utils import NoiseSchedule, at, cosine_schedule, linear_schedule
+
+SCHEDULES = [linear_schedule, cosine_schedule]
+each_schedule = pytest.mark.parametrize("make", SCHEDULES, ids=["linear", "cosine"])
+
+
+def steps(*values):
+    return torch.tensor(values, dtype=torch.int64)
+
+
+@each_schedule
+@pytest.mark.parametrize("T", [10, 50, 200, 1000])
+def test_almost_nothing_is_left_at_T(make, T):
+    schedule = make(T)
+    assert schedule.T == T
+    assert 0 < schedule.alpha_bars[T] < 1e-4
+    assert schedule.alpha_bars[T] < schedule.alpha_bars[T - 1]
+
+
+def test_a_short_chain_with_the_betas_of_a_long_one_keeps_signal():
+    betas = np.linspace(1e-4, 0.02, 200)
+    left = math.prod(1 - b for b in betas)
+    assert left == pytest.approx(0.13, abs=0.005)
+    assert float(NoiseSchedule(betas).alpha_bars[200]) == pytest.approx(left, rel=1e-5)
+
+
+@each_schedule
+@pytest.mark.parametrize("T", [10, 1000])
+def test_form_of_the_arrays(make, T):
+    schedule = make(T)
+    for name in ("betas", "alphas", "alpha_bars", "signal_scale", "noise_scale", "posterior_variance"):
+        values = getattr(schedule, name)
+        assert values.shape == (T + 1,) and values.dtype == torch.float32, name
+        assert torch.isfinite(values).all(), name
+    # entry 0 is the clean picture
+    assert schedule.betas[0] == 0 and schedule.alphas[0] == 1 and schedule.alpha_bars[0] == 1
+    assert schedule.noise_scale[0] == 0 and schedule.posterior_variance[0] == 0
+    assert schedule.posterior_variance[1] == 0
+    assert (schedule.betas[1:] > 0).all() and float(schedule.betas.max()) <= 0.999 + 1e-7
+    assert (schedule.alpha_bars.diff() < 0).all()
+
+
+def test_linear_betas_by_hand():
+    for T in (10, 200, 1000):
+        schedule = linear_schedule(T)
+        for t in (1, 2, T // 2, T):
+            beta = (1e-4 + (0.02 - 1e-4) * (t - 1) / (T - 1)) * 1000 / T
+            assert float(schedule.betas[t]) == pytest.approx(min(beta, 0.999), rel=1e-6)
+    assert float(linear_schedule().betas[1]) == pytest.approx(1e-4) and linear_schedule().T == 1000
+
+
+def test_cosine_alpha_bars_by_hand():
+    T, s = 1000, 0.008
+    schedule = cosine_schedule(T)
+
+    def f(t):
+        return math.cos((t / T + s) / (1 + s) * math.pi / 2) ** 2
+
+    for t in (1, 10, 250, 500, 900, 990):  # before β reaches 0.999, near T
+        assert float(schedule.alpha_bars[t]) == pytest.approx(f(t) / f(0), rel=1e-5)
+        assert float(schedule.betas[t]) == pytest.approx(1 - f(t) / f(t - 1), rel=1e-5)
+    assert float(schedule.betas[T]) == pytest.approx(0.999)
+
+
+@each_schedule
+@pytest.mark.parametrize("T", [20, 1000])
+def test_closed_form_is_the_iterated_chain_exactly(make, T):
+    """x_t = √α x_{t-1} + √β ε keeps the mean's factor and the variance in two short recursions."""
+    schedule = make(T)
+    factor, variance = 1.0, 0.0
+    for t in range(1, T + 1):
+        beta = float(schedule.betas[t])
+        factor, variance = math.sqrt(1 - beta) * factor, (1 - beta) * variance + beta
+        # float32 β leave a relative error of about 1e-7 a step in the factor, more where 1 - β is small
+        assert float(schedule.signal_scale[t]) == pytest.approx(factor, rel=5e-4), t
+        assert float(schedule.noise_scale[t]) ** 2 == pytest.approx(variance, rel=5e-5), t
+
+
+def test_closed_form_is_the_iterated_chain_by_monte_carlo():
+    T, n, start = 50, 40_000, 0.7
+    schedule = linear_schedule(T)
+    chain = torch.full((n,), start)
+    for t in range(1, 21):
+        beta = schedule.betas[t]
+        chain = (1 - beta).sqrt() * chain + beta.sqrt() * torch.randn(n)
+    at_once = schedule.q_sample(torch.full((n,), start), torch.full((n,), 20), torch.randn(n))
+    for x in (chain, at_once):
+        mean, variance = start * math.sqrt(schedule.alpha_bars[20]), 1 - float(schedule.alpha_bars[20])
+        assert abs(float(x.mean()) - mean) < 5 * math.sqrt(variance / n)
+        assert abs(float(x.var()) - variance) < 5 * variance * math.sqrt(2 / n)
+
+
+def test_q_sample_at_0_gives_x0_back():
+    x0, noise = torch.rand(3, 1, 4, 4), torch.randn(3, 1, 4, 4)
+    assert torch.equal(linear_schedule().q_sample(x0, steps(0, 0, 0), noise), x0)
+
+
+@pytest.mark.parametrize("trailing", [(), (2,), (1, 28, 28), (3, 16, 8)])
+def test_any_trailing_shape_and_each_picture_its_own_t(trailing):
+    schedule = cosine_schedule(100)
+    x0, noise, t = torch.rand(5, *trailing), torch.randn(5, *trailing), steps(1, 30, 2, 100, 99)
+    xt = schedule.q_sample(x0, t, noise)
+    mean, variance = schedule.q_posterior(x0, xt, t)
+    assert xt.shape == mean.shape == x0.shape
+    assert variance.shape == (5, *[1] * len(trailing))
+    for i in range(5):  # one by one gives the same
+        one = slice(i, i + 1)
+        signal = math.sqrt(schedule.alpha_bars[t[i]])
+        spread = math.sqrt(1 - float(schedule.alpha_bars[t[i]]))
+        torch.testing.assert_close(xt[i], signal * x0[i] + spread * noise[i], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(schedule.q_posterior(x0[one], xt[one], t[one])[0][0], mean[i])
+
+
+@each_schedule
+def test_predict_x0_undoes_q_sample(make):
+    schedule = make(1000)
+    t = steps(1, 10, 300, 700, 950)
+    x0, noise = torch.rand(5, 1, 8, 8) * 2 - 1, torch.randn(5, 1, 8, 8)
+    back = schedule.predict_x0(schedule.q_sample(x0, t, noise), t, noise)
+    error = (back - x0).flatten(1).abs().amax(dim=1)
+    assert (error < 1e-5 / schedule.signal_scale[t]).all()  # float32's rounding, divided by the signal's scale
+
+
+def test_snr():
+    schedule = linear_schedule(100)
+    snr = schedule.snr()
+    assert snr.shape == (101,) and torch.isinf(snr[0])
+    a = schedule.alpha_bars[1:].double()
+    torch.testing.assert_close(snr[1:].double(), a / (1 - a), rtol=2e-3, atol=0)
+    assert (snr.diff()[1:] < 0).all()
+
+
+def test_to_moves_a_copy():
+    schedule = linear_schedule(10)
+    moved = schedule.to("meta")  # a device that every machine has
+    assert moved.T == 10 and isinstance(moved, NoiseSchedule)
+    assert all(v.device.type == "meta" for v in vars(moved).values() if torch.is_tensor(v))
+    assert schedule.betas.device.type == "cpu"
+
+
+def test_computed_in_float64():
+    """With a thousand tiny β a float32 product of α would be off in the fifth digit of 1 - ᾱ."""
+    schedule = NoiseSchedule([1e-7] * 1000)
+    exact = 1 - (1 - 1e-7) ** 1000
+    assert float(schedule.noise_scale[1000]) ** 2 == pytest.approx(exact, rel=1e-6)
+
+
+def test_at_picks_and_reshapes():
+    values = torch.arange(5.0)
+    picked = at(values, steps(4, 2), torch.zeros(2, 3, 4))
+    assert picked.shape == (2, 1, 1) and picked.flatten().tolist() == [4, 2]
+    assert at(values, steps(3), torch.zeros(1)).shape == (1,)

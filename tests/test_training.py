@@ -470,15 +470,16 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch, room):
     assert file.read_bytes() == before and leftovers(tmp_path) == ["a.pt"]
 
 
-def test_a_disk_that_fails_at_the_flush(tmp_path, monkeypatch):
+@pytest.mark.parametrize("moment", ["fsync", "replace"])
+def test_a_disk_that_fails_at_the_flush_or_the_renaming(tmp_path, monkeypatch, moment):
     file = tmp_path / "a.pt"
     save_checkpoint(file, small_unet(1), SCHEDULE)
     before = file.read_bytes()
 
-    def full(descriptor):
+    def full(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(ddpm_utils.os, "fsync", full)
+    monkeypatch.setattr(ddpm_utils.os, moment, full)
     with pytest.raises(OSError, match="could not be written"):
         save_checkpoint(file, small_unet(2), SCHEDULE)
     assert file.read_bytes() == before and leftovers(tmp_path) == ["a.pt"]

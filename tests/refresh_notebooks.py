@@ -37,7 +37,7 @@ def tidy(cell):
 def refresh(path):
     notebook = nbformat.read(path, as_version=4)
     start = time.time()
-    NotebookClient(notebook, timeout=3600, kernel_name="python3", store_widget_state=False, record_timing=False,
+    NotebookClient(notebook, timeout=3600, kernel_name="python3", record_timing=False,
                    resources={"metadata": {"path": str(path.parent)}}).execute()
     seconds = time.time() - start
     for cell in notebook.cells:

@@ -542,17 +542,19 @@ class UNet(nn.Module):
     """The noise predictor ε_θ(x_t, t): x (B, in_channels, H, W) and t int64 (B,) give (B, in_channels, H, W).
 
     channels: the width at each size of picture, from the full size down, each a multiple of 8; every entry after the
-    first halves the picture, so H and W must be multiples of 2^(len(channels) - 1). ValueError for other inputs.
+    first halves the picture. patch: the stem folds patch x patch pixels into channels, and the last layer unfolds them.
+    So H and W must be multiples of patch * 2^(len(channels) - 1). ValueError for other inputs.
     Ronneberger et al. 2015 (arXiv 1505.04597) for the shape, DDPM appendix B for the parts.
     """
 
-    def __init__(self, in_channels=1, channels=(32, 64, 128)):
+    def __init__(self, in_channels=1, channels=(32, 64, 128), patch=1):
         super().__init__()
-        _check_unet_sizes(in_channels, channels)
-        self.config = {"in_channels": in_channels, "channels": list(channels)}
+        _check_unet_sizes(in_channels, channels, patch)
+        self.config = {"in_channels": in_channels, "channels": list(channels), "patch": patch}
+        self.patch = patch
         time_dim = 4 * channels[0]
         self.time = nn.Sequential(nn.Linear(channels[0], time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim), nn.SiLU())
-        self.stem = nn.Conv2d(in_channels, channels[0], 3, padding=1)
+        self.stem = nn.Conv2d(in_channels * patch**2, channels[0], 3, padding=1)
         self.down_blocks, self.downs, self.up_blocks = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         for wide, wider in zip(channels[:-1], channels[1:]):
             self.down_blocks.append(ResidualBlock(wide, wide, time_dim))
@@ -562,12 +564,12 @@ class UNet(nn.Module):
         self.attention = SelfAttention(channels[-1])
         self.middle2 = ResidualBlock(channels[-1], channels[-1], time_dim)
         self.norm = nn.GroupNorm(8, channels[0])
-        self.out = zero_init(nn.Conv2d(channels[0], in_channels, 3, padding=1))
+        self.out = zero_init(nn.Conv2d(channels[0], in_channels * patch**2, 3, padding=1))
 
     def forward(self, x, t):
         _check_unet_input(self, x, t)
         time = self.time(time_embedding(t, self.stem.out_channels))        # (B, time_dim)
-        h = self.stem(x)
+        h = self.stem(F.pixel_unshuffle(x, self.patch))                    # (B, C * patch², H/patch, W/patch) enter
         skips = []
         for block, down in zip(self.down_blocks, self.downs):
             h = block(h, time)
@@ -577,11 +579,12 @@ class UNet(nn.Module):
         for block in reversed(self.up_blocks):
             h = F.interpolate(h, scale_factor=2.0, mode="nearest")         # doubles H and W
             h = block(torch.cat([h, skips.pop()], dim=1), time)
-        return self.out(F.silu(self.norm(h)))
+        return F.pixel_shuffle(self.out(F.silu(self.norm(h))), self.patch)
 
 
-def _check_unet_sizes(in_channels, channels):
+def _check_unet_sizes(in_channels, channels, patch):
     _check_number("in_channels", in_channels, 1, integer=True)
+    _check_number("patch", patch, 1, integer=True)
     _check(isinstance(channels, (tuple, list)) and len(channels) >= 2
            and all(isinstance(c, int) and c >= 8 and c % 8 == 0 for c in channels),
            f"channels is {channels!r}; wanted at least two multiples of 8, as (32, 64, 128)")
@@ -589,11 +592,10 @@ def _check_unet_sizes(in_channels, channels):
 
 def _check_unet_input(model, x, t):
     _check_floats("x", x)
-    halvings = 2 ** len(model.downs)
-    _check(x.dim() == 4 and x.shape[1] == model.stem.in_channels and x.shape[2] % halvings == 0
-           and x.shape[3] % halvings == 0,
-           f"x has shape {tuple(x.shape)}; wanted (B, {model.stem.in_channels}, H, W), "
-           f"H and W multiples of {halvings} (one halving per entry of channels after the first)")
+    multiple, channels = model.patch * 2 ** len(model.downs), model.config["in_channels"]
+    _check(x.dim() == 4 and x.shape[1] == channels and x.shape[2] % multiple == 0 and x.shape[3] % multiple == 0,
+           f"x has shape {tuple(x.shape)}; wanted (B, {channels}, H, W), H and W multiples of {multiple} "
+           "(the patch, and one halving per entry of channels after the first)")
     _check_t(t, len(x), 0, math.inf)
 
 
@@ -614,6 +616,33 @@ def simple_loss(model, schedule, x0, t=None, noise=None):
 
 
 # ------------------------------------------------------------------ 04: training
+
+def v_loss(model, schedule, x0, t=None, noise=None):
+    """The mean squared error of v = √ᾱ ε - √(1-ᾱ) x_0 (Salimans & Ho 2022, arXiv 2202.00512); a scalar.
+
+    model predicts v; the rest as in simple_loss.
+    """
+    _check_floats("x0", x0)
+    if t is None:
+        t = torch.randint(1, schedule.T + 1, (len(x0),), device=x0.device)
+    if noise is None:
+        noise = torch.randn_like(x0)
+    xt = schedule.q_sample(x0, t, noise)
+    v = at(schedule.signal_scale, t, x0) * noise - at(schedule.noise_scale, t, x0) * x0
+    return F.mse_loss(model(xt, t), v)
+
+
+class NoiseFromV(nn.Module):
+    """Makes a network that predicts v look like one that predicts ε: ε = √ᾱ v + √(1-ᾱ) x_t, float32 (B, …)."""
+
+    def __init__(self, model, schedule):
+        super().__init__()
+        self.model, self.schedule = model, schedule
+
+    def forward(self, xt, t):
+        signal, noise = at(self.schedule.signal_scale, t, xt), at(self.schedule.noise_scale, t, xt)
+        return signal * self.model(xt, t).float() + noise * xt
+
 
 class EMA:
     """A second copy of the network whose parameters are a running average of the first one's.
@@ -659,13 +688,15 @@ def amp_dtype(device):
 
 
 def train(model, schedule, images, steps, batch_size=64, lr=1e-3, ema=None, warmup=200, clip=1.0, seed=0,
-          checkpoint=None, checkpoint_every=500, callback=None, callback_every=500, progress=True):
+          loss_function=simple_loss, checkpoint=None, checkpoint_every=500, callback=None, callback_every=500,
+          progress=True):
     """DDPM Algorithm 1 with warm-up, decay, clipping and mixed precision; trains model in place.
 
     images: uint8 (N, C, H, W). ema: an EMA of the model, updated after every step. lr: the peak of the learning rate;
-    clip: the largest gradient norm. checkpoint: a file; the run is saved there every checkpoint_every steps, and an
-    unfinished run found there is continued, to the same numbers as an undisturbed one. callback(step): called every
-    callback_every steps. Interrupting (the stop button) keeps model, ema and history usable.
+    clip: the largest gradient norm. loss_function: simple_loss for a model that predicts ε, v_loss for one of v.
+    checkpoint: a file; the run is saved there every checkpoint_every steps, and an unfinished run found there is
+    continued, to the same numbers as an undisturbed one. callback(step): called every callback_every steps.
+    Interrupting (the stop button) keeps model, ema and history usable.
 
     Returns the losses so far, a list of floats. FloatingPointError if the loss stops being a number: then the last
     good checkpoint is kept. ValueError for bad arguments or a checkpoint of another run.
@@ -686,7 +717,7 @@ def train(model, schedule, images, steps, batch_size=64, lr=1e-3, ema=None, warm
     generator = torch.Generator(device).manual_seed(seed)
     losses = torch.zeros(steps, device=device)
     settings = {"steps": steps, "batch_size": batch_size, "lr": lr, "warmup": warmup, "clip": clip, "seed": seed,
-                "pictures": len(images)}
+                "loss_function": getattr(loss_function, "__name__", "another"), "pictures": len(images)}
     start = 0
     if checkpoint is not None and pathlib.Path(checkpoint).exists():
         start = _resume(checkpoint, model, schedule, ema, optimizer, scaler, generator, losses, settings)
@@ -711,7 +742,7 @@ def train(model, schedule, images, steps, batch_size=64, lr=1e-3, ema=None, warm
             t = torch.randint(1, schedule.T + 1, (batch_size,), device=device, generator=generator)
             noise = torch.randn(x0.shape, device=device, generator=generator)
             with torch.autocast(device.type, dtype=half or torch.bfloat16, enabled=half is not None):
-                loss = simple_loss(model, schedule, x0, t, noise)
+                loss = loss_function(model, schedule, x0, t, noise)
             optimizer.zero_grad(set_to_none=True)
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)
@@ -768,14 +799,17 @@ def _resume(path, model, schedule, ema, optimizer, scaler, generator, losses, se
     return saved["step"]
 
 
-def save_checkpoint(path, model, schedule, ema=None, **more):
+def save_checkpoint(path, model, schedule, ema=None, target="noise", **more):
     """Writes model, schedule, ema and whatever else of plain values and tensors; the file is whole or not there.
+
+    target: what the model predicts, "noise" or "v"; load_pretrained needs to know.
 
     OSError where it can't be written (a full disk, say): an older file of that name is then untouched.
     """
+    _check(target in ("noise", "v"), f'target is {target!r}; wanted "noise" or "v"')
     content = {"unet": getattr(model, "config", None), "model": model.state_dict(), "betas": schedule.betas[1:].cpu(),
                "ema": None if ema is None else ema.model.state_dict(), "ema_updates": ema.updates if ema else 0,
-               "target": "noise", **more}
+               "target": target, **more}
     _write_whole(path, lambda file: torch.save(content, file))
 
 
@@ -841,10 +875,10 @@ def load_pretrained(name="fashion", device="cpu"):
     FileNotFoundError without the file, OSError where it can't be fetched, ValueError where it is damaged.
     """
     content = load_checkpoint(_weights_file(f"{name}.pt"))
-    _check(content["target"] == "noise", f"{name}.pt predicts {content['target']!r}; this version knows 'noise'")
-    model = UNet(**content["unet"])
+    model, schedule = UNet(**content["unet"]), NoiseSchedule(content["betas"]).to(device)
     model.load_state_dict(content["model"])
-    return model.to(device).eval().requires_grad_(False), NoiseSchedule(content["betas"]).to(device)
+    model = model.to(device).eval().requires_grad_(False)
+    return (NoiseFromV(model, schedule) if content["target"] == "v" else model), schedule
 
 
 # ------------------------------------------------------------------ 05: sampling

@@ -1,0 +1,180 @@
+"""The comparison behind notebook 04's table "what made it better, measured": one change a row, at equal time.
+
+    python tests/recipes.py --rates      measure, on an idle machine, how many steps each recipe does in five minutes
+    python tests/recipes.py              train each recipe for that many steps, and measure it; goes on where it stopped
+    python tests/recipes.py --table      print the results
+
+Every recipe sees Fashion-MNIST (DDPM_DATA or data/), makes 2,000 pictures by DDIM in 20 steps from the same noise, and
+gets their Fréchet distance to the training set in the shipped classifier's features. Because the steps were counted
+beforehand, the runs themselves may share the machine with other work. Results: tests/recipes.json.
+"""
+import argparse
+import json
+import os
+import pathlib
+import sys
+import time
+
+HERE = pathlib.Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+import torch  # noqa: E402
+import ddpm_utils as d  # noqa: E402
+
+RESULTS = HERE / "recipes.json"
+MINUTES = 5
+SAMPLES = 2_000
+
+# The recipe that the others are compared with; a row below says what it changes.
+REFERENCE = {"channels": (32, 64, 128), "patch": 1, "batch_size": 64, "lr": 2e-3, "decay": True, "ema": 0.995,
+             "schedule": "cosine", "target": "v", "min_snr": False, "bf16": True, "channels_last": False, "seed": 0}
+TEN_LINES = {"batch_size": 128, "lr": 1e-3, "decay": False, "ema": None, "target": "noise", "bf16": False}
+RECIPES = {
+    "reference": {},
+    "predict the noise": {"target": "noise"},
+    "ten lines, seed 0": TEN_LINES,
+    "channels 16, 32, 64": {"channels": (16, 32, 64)},
+    "patch of 2, channels 64, 128": {"channels": (64, 128), "patch": 2},
+    "batch 32": {"batch_size": 32},
+    "learning rate 1e-3": {"lr": 1e-3},
+    "linear schedule": {"schedule": "linear"},
+    "batch 128": {"batch_size": 128},
+    "channels 24, 48, 96": {"channels": (24, 48, 96)},
+    "ten lines, seed 1": {**TEN_LINES, "seed": 1},
+    "no EMA": {"ema": None},
+    "Min-SNR weights": {"min_snr": True},
+    "float32": {"bf16": False},
+    "reference, seed 1": {"seed": 1},
+    "constant rate": {"decay": False},
+    "learning rate 4e-3": {"lr": 4e-3},
+    "EMA 0.999": {"ema": 0.999},
+    "patch of 2, channels 32, 64": {"channels": (32, 64), "patch": 2},
+    "float32, channels last": {"bf16": False, "channels_last": True},
+    "channels last": {"channels_last": True},
+    "ten lines, seed 2": {**TEN_LINES, "seed": 2},
+    "reference, seed 2": {"seed": 2},
+    "predict x0": {"target": "x0"},
+}
+
+
+def build(recipe):
+    torch.manual_seed(recipe["seed"])
+    model = d.UNet(channels=recipe["channels"], patch=recipe["patch"])
+    if recipe["channels_last"]:
+        model = model.to(memory_format=torch.channels_last)
+    schedule = {"cosine": d.cosine_schedule, "linear": d.linear_schedule}[recipe["schedule"]]()
+    return model, schedule
+
+
+def loss_of(recipe):
+    """Targets and weights that the series does not use are written here, not in the helper."""
+    def loss(model, schedule, x0, t, noise):
+        xt = schedule.q_sample(x0, t, noise)
+        signal, spread = d.at(schedule.signal_scale, t, x0), d.at(schedule.noise_scale, t, x0)
+        wanted = {"noise": noise, "v": signal * noise - spread * x0, "x0": x0}[recipe["target"]]
+        error = (model(xt, t).float() - wanted).square().mean(dim=(1, 2, 3))
+        if recipe["min_snr"]:  # Hang et al. 2023: min(SNR, 5) on x_0's error
+            snr = schedule.snr()[t]
+            error = error * snr.clamp(max=5) / {"noise": snr, "v": snr + 1, "x0": 1}[recipe["target"]]
+        return error.mean()
+    return loss
+
+
+def as_noise(model, schedule, target):
+    if target == "v":
+        return d.NoiseFromV(model, schedule)
+    if target == "x0":
+        return lambda xt, t: (xt - d.at(schedule.signal_scale, t, xt) * model(xt, t)) / d.at(schedule.noise_scale, t, xt)
+    return model
+
+
+def train(recipe, images, steps, progress=True):
+    model, schedule = build(recipe)
+    ema = d.EMA(model, recipe["ema"]) if recipe["ema"] else None
+    amp, rate = d.amp_dtype, d.learning_rate
+    if not recipe["bf16"]:
+        d.amp_dtype = lambda device: None
+    if not recipe["decay"]:
+        d.learning_rate = lambda step, steps, peak, warmup: peak
+    try:
+        losses = d.train(model, schedule, images, steps, recipe["batch_size"], recipe["lr"], ema=ema, warmup=100,
+                         clip=1.0 if recipe["decay"] else 1e9, seed=recipe["seed"], loss_function=loss_of(recipe),
+                         progress=progress)
+    finally:
+        d.amp_dtype, d.learning_rate = amp, rate
+    return (ema.model if ema else model), schedule, losses
+
+
+def speed_key(recipe):
+    """What decides the speed: recipes that agree in it do the same number of steps."""
+    return json.dumps([recipe[k] for k in ("channels", "patch", "batch_size", "bf16", "channels_last")]
+                      + [recipe["ema"] is not None])
+
+
+def measure(model, schedule, classifier, statistics):
+    generator = torch.Generator().manual_seed(123)
+    pictures = torch.cat([d.ddim_sample(model, schedule, 250, steps=20, generator=generator, progress=False)
+                          for _ in range(SAMPLES // 250)])
+    features, probabilities = d.garment_features(classifier, pictures)
+    counts = probabilities.argmax(dim=1).bincount(minlength=10)
+    return pictures, {"distance": round(d.frechet_distance(*d.feature_statistics(features), *statistics), 2),
+                      "confidence": round(float(probabilities.max(dim=1).values.mean()), 3),
+                      "rarest": round(int(counts.min()) / SAMPLES, 4), "commonest": round(int(counts.max()) / SAMPLES, 4)}
+
+
+def read():
+    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rates": {}, "runs": {}}
+
+
+def write(part, key, value):
+    results = read()  # read again: two of these may run at once
+    results[part][key] = value
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rates", action="store_true")
+    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--only", nargs="*", help="names of recipes")
+    parser.add_argument("--pictures", type=pathlib.Path, help="a folder for a sheet of samples of each")
+    chosen = parser.parse_args()
+    recipes = {name: {**REFERENCE, **change} for name, change in RECIPES.items() if not chosen.only or name in chosen.only}
+    if chosen.table:
+        for name, run in sorted(read()["runs"].items(), key=lambda item: item[1]["distance"]):
+            print(f"{name:32s} {run['steps']:6d} steps   distance {run['distance']:7.2f}   confidence {run['confidence']:.3f}")
+        return
+    data = d.load_fashion_mnist("train")
+    if data.is_stand_in:
+        sys.exit("The comparison needs Fashion-MNIST.")
+    for name, recipe in recipes.items():
+        key = speed_key(recipe)
+        if chosen.rates:
+            if key not in read()["rates"]:
+                train(recipe, data.images, 5, progress=False)
+                n = max(10, 2_000 // recipe["batch_size"])
+                start = time.perf_counter()
+                train(recipe, data.images, n, progress=False)
+                seconds = time.perf_counter() - start
+                write("rates", key, round(MINUTES * 60 / seconds * n))
+            print(f"{name}: {read()['rates'][key]} steps in {MINUTES} minutes", flush=True)
+            continue
+        claim = RESULTS.with_name(f".{name.replace(' ', '_')}.running")  # another process is at it
+        if name in read()["runs"] or claim.exists():
+            continue
+        claim.write_text(str(os.getpid()))
+        try:
+            model, schedule, losses = train(recipe, data.images, read()["rates"][key], progress=False)
+            classifier, statistics = d.load_classifier()
+            pictures, result = measure(as_noise(model, schedule, recipe["target"]), schedule, classifier, statistics)
+            write("runs", name, {"steps": len(losses), "loss": round(sum(losses[-100:]) / 100, 4), **result})
+            print(name, read()["runs"][name], flush=True)
+            if chosen.pictures:
+                d.show_images(pictures[:100], columns=20, scale=0.5, title=f"{name}: {result['distance']}").savefig(
+                    chosen.pictures / f"{name.replace(' ', '_').replace(',', '')}.png")
+        finally:
+            claim.unlink()
+
+
+if __name__ == "__main__":
+    main()

@@ -20,11 +20,11 @@ import ddpm_utils
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 NAMES = ["01_schedule_and_forward_noising", "02_unet", "03_loss_derivation", "04_training_loop", "05_reverse_sampling",
-         "06_result_gif"]
+         "06_result_gif", "08_scores_and_sdes"]
 TAUGHT = {"01": ["NoiseSchedule", "at", "linear_schedule", "cosine_schedule"],
           "02": ["time_embedding", "zero_init", "ResidualBlock", "SelfAttention", "UNet"],
           "03": ["simple_loss"],
-          "04": ["EMA", "learning_rate"],
+          "04": ["EMA", "learning_rate", "v_loss", "NoiseFromV"],
           "05": ["ddpm_sample", "ddim_sample", "start_noise"],
           "06": ["GarmentClassifier", "feature_statistics", "frechet_distance"]}
 LAST_HEADINGS = ["## Check yourself", "## What you learned", "## Common mistakes", "## Where this comes from", "## Next"]

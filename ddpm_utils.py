@@ -124,9 +124,11 @@ def progress_bar(items, desc, show=True, **options):
 def output_path(name):
     """Where a notebook writes the picture called name: `outputs/`, which git ignores.
 
-    With the environment variable DDPM_MAINTAINER=1 it is `img/`, whose pictures the README shows.
+    With the environment variable DDPM_MAINTAINER=1 it is `img/`, whose pictures the README shows; a checkpoint (.pt)
+    goes to `outputs/` all the same.
     """
-    folder = HERE / ("img" if os.environ.get("DDPM_MAINTAINER") == "1" else "outputs")
+    to_img = os.environ.get("DDPM_MAINTAINER") == "1" and not name.endswith(".pt")
+    folder = HERE / ("img" if to_img else "outputs")
     try:
         folder.mkdir(exist_ok=True)
         writable = os.access(folder, os.W_OK)
@@ -711,7 +713,7 @@ def train(model, schedule, images, steps, batch_size=64, lr=1e-3, ema=None, warm
     _check_number("clip", clip, 0)
     device = next(model.parameters()).device
     schedule, images = schedule.to(device), images.to(device)   # the whole data set, once: no copying in the loop
-    optimizer = torch.optim.Adam(model.parameters(), lr=lr)
+    optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=device.type != "mps")  # all parameters in one call
     half = amp_dtype(device)
     scaler = torch.amp.GradScaler(device.type, enabled=half == torch.float16)
     generator = torch.Generator(device).manual_seed(seed)
@@ -753,7 +755,8 @@ def train(model, schedule, images, steps, batch_size=64, lr=1e-3, ema=None, warm
                 ema.update(model)
             losses[step] = loss.detach()
             if (step + 1) % 50 == 0:  # looking at the loss makes the device wait, so not in every step
-                bar.set_postfix(loss=f"{losses[max(0, step - 99):step + 1].mean():.4f}", refresh=False)
+                bar.set_postfix_str(f"loss {losses[max(0, step - 99):step + 1].mean():.4f}, "
+                                    f"{(bar.format_dict['rate'] or 0) * batch_size:.0f} pictures/s", refresh=False)
                 _check_finite(losses[step], step + 1, checkpoint)
             if (step + 1) % checkpoint_every == 0 or step + 1 == steps:
                 save(step + 1)

@@ -171,6 +171,7 @@ def test_a_learner_writes_to_outputs_and_a_maintainer_to_img(tmp_path, monkeypat
     assert not (tmp_path / "img").exists() and (tmp_path / "outputs").is_dir()
     monkeypatch.setenv("DDPM_MAINTAINER", "1")
     assert output_path("a.png") == tmp_path / "img" / "a.png" and (tmp_path / "img").is_dir()
+    assert output_path("run.pt") == tmp_path / "outputs" / "run.pt", "img/ is for pictures"
 
 
 def test_a_checkout_that_cannot_be_written(tmp_path, monkeypatch):

@@ -331,6 +331,7 @@ def show_images(images, titles=None, columns=None, title=None, scale=1.0):
         figure, axis = plt.subplots(figsize=(columns * scale, rows * scale + (0.4 if title else 0)))
         axis.imshow(grid.permute(1, 2, 0).numpy(), vmin=0, vmax=255)
         axis.axis("off")
+        axis.set_title(title or "")
     else:
         figure, axes = plt.subplots(rows, columns, figsize=(columns * scale, rows * (scale + 0.35)), squeeze=False)
         for axis in axes.flat:
@@ -338,8 +339,7 @@ def show_images(images, titles=None, columns=None, title=None, scale=1.0):
         for axis, picture, text in zip(axes.flat, u8, titles):
             axis.imshow(picture.permute(1, 2, 0).numpy(), vmin=0, vmax=255)
             axis.set_title(text, fontsize=11)
-    if title:
-        figure.suptitle(title)
+        figure.suptitle(title or "")
     figure.tight_layout()
     return figure
 

@@ -85,6 +85,18 @@ def _check_uint8(name, images):
            f"{name} is {given}; wanted a uint8 tensor of shape (N, C, H, W) with N at least 1")
 
 
+@contextlib.contextmanager
+def _turn_down_if_out_of_memory(argument):
+    """Around a function: where the device's memory is full, the error names the argument that needs less of it."""
+    try:
+        yield
+    except RuntimeError as error:  # CUDA's own error is one, and Apple GPUs and CPUs have no other
+        if not any(said in str(error) for said in ("out of memory", "t allocate memory", "not enough memory")):
+            raise
+        raise MemoryError(f"out of memory: turn {argument} down, or free some by restarting the kernels that hold it "
+                          f"({str(error).splitlines()[0][:200]})") from error
+
+
 # ------------------------------------------------------------------ set-up
 
 # Okabe and Ito's colours: they stay apart for the colour-blind, and in grey
@@ -689,6 +701,7 @@ def amp_dtype(device):
     return torch.bfloat16 if kind == "cpu" and has_bfloat16() else None
 
 
+@_turn_down_if_out_of_memory("batch_size")
 def train(model, schedule, images, steps, batch_size=64, lr=1e-3, ema=None, warmup=200, clip=1.0, seed=0,
           loss_function=simple_loss, checkpoint=None, checkpoint_every=500, callback=None, callback_every=500,
           progress=True):
@@ -701,7 +714,8 @@ def train(model, schedule, images, steps, batch_size=64, lr=1e-3, ema=None, warm
     Interrupting (the stop button) keeps model, ema and history usable.
 
     Returns the losses so far, a list of floats. FloatingPointError if the loss stops being a number: then the last
-    good checkpoint is kept. ValueError for bad arguments or a checkpoint of another run.
+    good checkpoint is kept. MemoryError, which names batch_size, where the device's memory is full. ValueError for
+    bad arguments or a checkpoint of another run.
     """
     _check_uint8("images", images)
     for name, value in (("steps", steps), ("batch_size", batch_size), ("checkpoint_every", checkpoint_every),
@@ -846,29 +860,43 @@ def load_checkpoint(path, model=None, ema=None):
 
 
 def _weights_file(file):
-    """The file in notebooks/weights/, its SHA-256 checked; in Colab it is fetched once."""
+    """The file in notebooks/weights/, its SHA-256 checked; where a notebook came alone it is fetched once."""
     places = [HERE / "notebooks" / "weights", HERE / "weights"]  # the second where a notebook came alone
     folder = next((place for place in places if (place / file).exists()), None)
     if folder is None and (HERE / "notebooks").exists():
         raise FileNotFoundError(f"there are no weights {file}: notebooks/weights/ holds "
                                 f"{sorted(p.name for p in places[0].glob('*.pt'))}")
-    for name in (file, "SHA256SUMS"):
-        if folder is None:
-            url = os.environ.get("DDPM_URL", f"https://raw.githubusercontent.com/{REPOSITORY}/{TAG}")
-            try:
-                with urllib.request.urlopen(f"{url}/notebooks/weights/{name}", timeout=WAIT) as answer:
-                    data = answer.read()
-            except (OSError, http.client.HTTPException) as error:
-                raise OSError(f"the weights {name} could not be fetched ({error}): put the files of the repository's "
-                              "notebooks/weights/ into a folder weights/ beside ddpm_utils.py") from error
-            _write_whole(places[1] / name, lambda f: f.write(data))
-    folder = folder or places[1]
-    lines = [line.split() for line in (folder / "SHA256SUMS").read_text().splitlines()]
-    wanted = {line[1]: line[0] for line in lines if len(line) == 2}
-    found = hashlib.sha256((folder / file).read_bytes()).hexdigest()
-    _check(wanted.get(file) == found, f"{file} is damaged: its SHA-256 begins with {found[:8]}, wanted "
-                                      f"{str(wanted.get(file))[:8]} (SHA256SUMS); delete it and fetch it again")
+    if folder is None:
+        folder, fetched = places[1], {name: _fetch_weights(name) for name in (file, "SHA256SUMS")}
+        if _sha256_differs(file, fetched[file], fetched["SHA256SUMS"]):  # a login page, say: nothing of it is kept
+            raise OSError(f"the weights {file} could not be fetched (what came is something else): {WAY_TO_WEIGHTS}")
+        for name, data in fetched.items():
+            _write_whole(folder / name, lambda f: f.write(data))
+    if not (folder / "SHA256SUMS").exists():
+        raise FileNotFoundError(f"the file SHA256SUMS is missing beside {file}: put both into the same folder")
+    differs = _sha256_differs(file, (folder / file).read_bytes(), (folder / "SHA256SUMS").read_bytes())
+    _check(not differs, f"{file} is damaged: {differs} (SHA256SUMS); delete it and fetch it again")
     return folder / file
+
+
+WAY_TO_WEIGHTS = "put the files of the repository's notebooks/weights/ into a folder weights/ beside ddpm_utils.py"
+
+
+def _fetch_weights(name):
+    url = os.environ.get("DDPM_URL", f"https://raw.githubusercontent.com/{REPOSITORY}/{TAG}")
+    try:
+        with urllib.request.urlopen(f"{url}/notebooks/weights/{name}", timeout=WAIT) as answer:
+            return answer.read()
+    except (OSError, http.client.HTTPException) as error:
+        raise OSError(f"the weights {name} could not be fetched ({error}): {WAY_TO_WEIGHTS}") from error
+
+
+def _sha256_differs(file, data, sums):
+    """'' where the SHA-256 of data is the one that the lines of sums name for file, else a text that says how."""
+    lines = [line.split() for line in sums.decode(errors="replace").splitlines()]
+    wanted = {line[1]: line[0] for line in lines if len(line) == 2}.get(file)
+    found = hashlib.sha256(data).hexdigest()
+    return "" if found == wanted else f"its SHA-256 begins with {found[:8]}, wanted {str(wanted)[:8]}"
 
 
 def load_pretrained(name="fashion", device="cpu"):
@@ -959,6 +987,11 @@ def start_noise(schedule, n, shape, x_T, generator):
     return x_T.to(device)
 
 
+# an out-of-memory error names n; the functions themselves stand above as notebook 05 has them
+ddpm_sample = _turn_down_if_out_of_memory("n")(ddpm_sample)
+ddim_sample = _turn_down_if_out_of_memory("n")(ddim_sample)
+
+
 # ------------------------------------------------------------------ 06: measuring
 
 class GarmentClassifier(nn.Module):
@@ -983,6 +1016,7 @@ class GarmentClassifier(nn.Module):
         return self.head(self.features(x))
 
 
+@_turn_down_if_out_of_memory("batch_size")
 @torch.no_grad()
 def garment_features(classifier, images, batch_size=500):
     """Features (N, 64) float32 and probabilities (N, 10) of pictures, uint8 or in [-1, 1], (N, 1, 28, 28); on the cpu."""

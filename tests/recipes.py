@@ -46,6 +46,7 @@ RECIPES = {
     "channels 24, 48, 96": {"channels": (24, 48, 96)},
     "channels 32, 64, 128": {"channels": (32, 64, 128)},
     "patch of 2, channels 32, 64": {"channels": (32, 64), "patch": 2},
+    "patch of 2, channels 64, 128": {"channels": (64, 128), "patch": 2},
     "ours, seed 1": {"seed": 1},
     "ours, seed 2": {"seed": 2},
     "ten lines, seed 2": {**TEN_LINES, "seed": 2},

@@ -757,7 +757,8 @@ def train(model, schedule, images, steps, batch_size=64, lr=1e-3, ema=None, warm
             x0 = to_model_range(images[pick])
             t = torch.randint(1, schedule.T + 1, (batch_size,), device=device, generator=generator)
             noise = torch.randn(x0.shape, device=device, generator=generator)
-            with torch.autocast(device.type, dtype=half or torch.bfloat16, enabled=half is not None):
+            # torch 2.4 has no autocast for Apple GPUs, not even one that is off
+            with torch.autocast(device.type, dtype=half) if half else contextlib.nullcontext():
                 loss = loss_function(model, schedule, x0, t, noise)
             optimizer.zero_grad(set_to_none=True)
             scaler.scale(loss).backward()

@@ -130,7 +130,7 @@ def progress_bar(items, desc, show=True, **options):
 
     Plain text rather than a widget: it looks the same in JupyterLab, in Colab and in the saved page. Options go to tqdm.
     """
-    return tqdm(items, desc=desc, file=sys.stdout, disable=not show, ncols=88, mininterval=0.3, **options)
+    return tqdm(items, desc=desc, file=sys.stdout, disable=not show, ncols=100, mininterval=0.3, **options)
 
 
 def output_path(name):

@@ -20,7 +20,7 @@ import ddpm_utils
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 NAMES = ["01_schedule_and_forward_noising", "02_unet", "03_loss_derivation", "04_training_loop", "05_reverse_sampling",
-         "06_result_gif", "08_scores_and_sdes"]
+         "06_result_gif", "07_rgb_128", "08_scores_and_sdes"]
 TAUGHT = {"01": ["NoiseSchedule", "at", "linear_schedule", "cosine_schedule"],
           "02": ["time_embedding", "zero_init", "ResidualBlock", "SelfAttention", "UNet"],
           "03": ["simple_loss"],

@@ -1,4 +1,4 @@
-"""What a teacher gets: slides, and a students' copy without solutions.
+"""What a teacher gets: the page with the answers, slides, and a students' copy without solutions.
 
 That a student's copy runs is shown in test_accessible.py, whose figures come from it.
 """
@@ -13,6 +13,7 @@ import make_copies
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+PAGE = (ROOT / "notebooks" / "teaching.md").read_text(encoding="utf-8")
 TYPES = {"slide", "subslide", "fragment", "skip", "notes", "-"}
 
 each_notebook = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
@@ -25,6 +26,49 @@ def cells(path):
 
 def slide_type(cell):
     return cell["metadata"].get("slideshow", {}).get("slide_type", "-")
+
+
+# ------------------------------------------------------------------ the page for teachers
+
+def part_of(path):
+    """The page's part on one notebook, from its heading to the next of that rank."""
+    parts = re.split(r"^## ", PAGE, flags=re.MULTILINE)
+    found = [part for part in parts if re.match(rf"{path.stem[:2]} · ", part)]
+    assert len(found) == 1, f"the page has {len(found)} parts on {path.stem}"
+    return found[0]
+
+
+@each_notebook
+def test_every_exercise_is_answered(path):
+    titles = [re.match(r"### (Exercise \d+: .*)", cell["source"])[1] for cell in cells(path)
+              if cell["source"].startswith("### Exercise")]
+    assert 2 <= len(titles) <= 4
+    for title in titles:
+        answer = re.search(rf"\*\*{re.escape(title)}\*\*(.*?)(?=\*\*Exercise|^### |\Z)", part_of(path), re.DOTALL | re.MULTILINE)
+        assert answer, f"no answer to {title}"
+        assert len(answer[1]) > 150, title
+
+
+@each_notebook
+def test_sections_that_the_page_names_exist(path):
+    """What stands in “…” is a heading of that notebook."""
+    headings = re.findall(r"^##+ (.*)$", "\n".join(cell["source"] for cell in cells(path)), re.MULTILINE)
+    named = re.findall(r"“([^”]*)”", part_of(path))
+    assert named
+    assert set(named) <= set(headings), set(named) - set(headings)
+
+
+@each_notebook
+def test_each_notebook_has_minutes_stumbling_blocks_and_questions(path):
+    part = part_of(path)
+    assert re.search(r"\d+ minutes", part)
+    for heading in ("### Plan", "### Where they get stuck", "### Answers", "### Oral exam"):
+        assert heading in part, heading
+
+
+def test_links_of_the_page_lead_somewhere():
+    for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", PAGE):
+        assert (ROOT / "notebooks" / target).exists(), target
 
 
 # ------------------------------------------------------------------ slides

@@ -104,6 +104,7 @@ def helper_figures(steps, batch):
 
 def notebook_figures():
     import nbformat
+    import refresh_notebooks  # noqa: F401  importing it mends nbclient
     from nbclient import NotebookClient
     total = 0
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):

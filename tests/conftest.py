@@ -8,6 +8,8 @@ import pytest
 import torch
 import torchvision
 
+import refresh_notebooks  # noqa: F401  importing it mends nbclient, with which some tests run notebooks
+
 matplotlib.use("Agg")  # in this process only: the kernels that nbval starts choose for themselves
 
 

@@ -811,7 +811,7 @@ def _resume(path, model, schedule, ema, optimizer, scaler, generator, losses, se
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"checkpoint {pathlib.Path(path).name} was written on another kind of device ({error}); "
                          "go on there, or give another file") from error
-    load_checkpoint(path, model, ema)
+    _fill(pathlib.Path(path), saved, model, ema)  # not read again: another run may have written it since
     optimizer.load_state_dict(saved["optimizer"])
     losses.copy_(saved["losses"])
     return saved["step"]
@@ -849,6 +849,11 @@ def load_checkpoint(path, model=None, ema=None):
     _check(isinstance(content, dict) and isinstance(content.get("model"), dict),
            f"{path.name} holds no network; wanted a checkpoint")
     _check(ema is None or content.get("ema") is not None, f"{path.name} holds no ema; load it without")
+    _fill(path, content, model, ema)
+    return content
+
+
+def _fill(path, content, model, ema):
     try:
         if model is not None:
             model.load_state_dict(content["model"])
@@ -857,7 +862,6 @@ def load_checkpoint(path, model=None, ema=None):
             ema.updates = content["ema_updates"]
     except RuntimeError as error:
         raise ValueError(f"{path.name} does not fit this network: it was saved from UNet(**{content.get('unet')})") from error
-    return content
 
 
 def _weights_file(file):

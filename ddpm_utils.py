@@ -568,7 +568,8 @@ class UNet(nn.Module):
         self.patch = patch
         time_dim = 4 * channels[0]
         self.time = nn.Sequential(nn.Linear(channels[0], time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim), nn.SiLU())
-        self.stem = nn.Conv2d(in_channels * patch**2, channels[0], 3, padding=1)
+        size = 3 if patch == 1 else 1          # 3x3 over folded patches would bury a patch's noise under its neighbours'
+        self.stem = nn.Conv2d(in_channels * patch**2, channels[0], size, padding=size // 2)
         self.down_blocks, self.downs, self.up_blocks = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         for wide, wider in zip(channels[:-1], channels[1:]):
             self.down_blocks.append(ResidualBlock(wide, wide, time_dim))

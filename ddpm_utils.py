@@ -1098,7 +1098,7 @@ def _missing():
     if bad:
         missing.append(f"Fashion-MNIST ({', '.join(f'{name} is {what}' for name, what in bad.items())}): "
                        "the first notebook downloads it, and where it can't, uses a stand-in")
-    for file in ("fashion.pt", "classifier.pt"):
+    for file in ("fashion.pt", "classifier.pt", "flowers_128.pt"):
         try:
             _weights_file(file)
         except (OSError, ValueError) as error:
@@ -1110,4 +1110,6 @@ if __name__ == "__main__":
     set_up()
     problems = _missing()
     print("\n".join(["missing:", *(f"- {p}" for p in problems)]) if problems else "ready")
+    if not (_data_folder() / "flower_photos").is_dir():
+        print("(flower_photos, 218 MiB, is not here yet: notebook 07 downloads it, or uses a stand-in)")
     sys.exit(1 if problems else 0)

@@ -36,9 +36,10 @@ def defined_in(name, *wanted):
 
 
 def test_patches_change_nothing_but_the_way():
-    """With patch p the network sees exactly what one with C p² channels sees after folding by hand."""
+    """With patch p the network sees exactly what one with C p² channels and a 1x1 stem sees after folding by hand."""
     torch.manual_seed(0)
     folded = d.UNet(in_channels=12, channels=(8, 16))
+    folded.stem = nn.Conv2d(12, 8, 1)
     patched = d.UNet(in_channels=3, channels=(8, 16), patch=2)
     for p in folded.parameters():
         nn.init.normal_(p, std=0.1)

@@ -915,7 +915,7 @@ def load_pretrained(name="fashion", device="cpu"):
     model, schedule = UNet(**content["unet"]), NoiseSchedule(content["betas"]).to(device)
     model.load_state_dict(content["model"])
     model = model.to(device).eval().requires_grad_(False)
-    return (NoiseFromV(model, schedule) if content["target"] == "v" else model), schedule
+    return (NoiseFromV(model, schedule).eval() if content["target"] == "v" else model), schedule
 
 
 # ------------------------------------------------------------------ 05: sampling

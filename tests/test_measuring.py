@@ -1,5 +1,7 @@
 """The measures, and the shipped weights."""
+import hashlib
 import http.server
+import json
 import math
 import os
 import pathlib
@@ -137,6 +139,18 @@ def test_weights_are_small_and_have_cards():
         assert file.stat().st_size < 10e6
         assert file.with_suffix(".md").is_file(), f"{file.name} has no model card"
         assert file.name in (WEIGHTS / "SHA256SUMS").read_text()
+
+
+@needs_weights
+def test_the_card_prints_what_was_measured_of_these_weights():
+    key = hashlib.sha256((WEIGHTS / "fashion.pt").read_bytes()).hexdigest()[:12]
+    results = json.loads((WEIGHTS.parents[1] / "tests" / "quality.json").read_text())
+    lines = (WEIGHTS / "fashion.md").read_text(encoding="utf-8").splitlines()
+    assert len(results[key]) >= 1, "python tests/quality.py has not measured the shipped weights"
+    for row, found in {**results[key], "real": results["real test pictures"]["10000"]}.items():
+        printed = [f"{found['confidence']:.3f}", f"{found['nearest, median']:.1f}", f"{found['pictures']:,}",
+                   f"{found['distance']:.{2 if row == 'real' else 1}f}"]
+        assert any(all(f"| {number} |" in line for number in printed) for line in lines), f"{row}: wanted {printed}"
 
 
 @needs_weights

@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import pathlib
+import statistics
 import sys
 import time
 
@@ -113,13 +114,28 @@ def speed_key(recipe):
                       + [recipe["ema"] is not None])
 
 
-def measure(model, schedule, classifier, statistics):
+def steps_in_time(recipe, images):
+    """How many steps the recipe does in five minutes, from its speed beside the reference's: speeds drift, ratios less."""
+    def speed(recipe):
+        train(recipe, images, 5, progress=False)
+        n = max(10, 2_000 // recipe["batch_size"])
+        start = time.perf_counter()
+        train(recipe, images, n, progress=False)
+        return n / (time.perf_counter() - start)
+
+    reference = read()["rates"].get(speed_key(REFERENCE))
+    if reference is None:
+        return round(MINUTES * 60 * statistics.median(speed(REFERENCE) for _ in range(5)))
+    return round(reference * statistics.median(speed(recipe) / speed(REFERENCE) for _ in range(5)))
+
+
+def measure(model, schedule, classifier, training):
     generator = torch.Generator().manual_seed(123)
     pictures = torch.cat([d.ddim_sample(model, schedule, 250, steps=20, generator=generator, progress=False)
                           for _ in range(SAMPLES // 250)])
     features, probabilities = d.garment_features(classifier, pictures)
     counts = probabilities.argmax(dim=1).bincount(minlength=10)
-    return pictures, {"distance": round(d.frechet_distance(*d.feature_statistics(features), *statistics), 2),
+    return pictures, {"distance": round(d.frechet_distance(*d.feature_statistics(features), *training), 2),
                       "confidence": round(float(probabilities.max(dim=1).values.mean()), 3),
                       "rarest": round(int(counts.min()) / SAMPLES, 4), "commonest": round(int(counts.max()) / SAMPLES, 4)}
 
@@ -153,12 +169,7 @@ def main():
         key = speed_key(recipe)
         if chosen.rates:
             if key not in read()["rates"]:
-                train(recipe, data.images, 5, progress=False)
-                n = max(10, 2_000 // recipe["batch_size"])
-                start = time.perf_counter()
-                train(recipe, data.images, n, progress=False)
-                seconds = time.perf_counter() - start
-                write("rates", key, round(MINUTES * 60 / seconds * n))
+                write("rates", key, steps_in_time(recipe, data.images))
             print(f"{name}: {read()['rates'][key]} steps in {MINUTES} minutes", flush=True)
             continue
         claim = RESULTS.with_name(f".{name.replace(' ', '_')}.running")  # another process is at it
@@ -167,8 +178,7 @@ def main():
         claim.write_text(str(os.getpid()))
         try:
             model, schedule, losses = train(recipe, data.images, read()["rates"][key], progress=False)
-            classifier, statistics = d.load_classifier()
-            pictures, result = measure(as_noise(model, schedule, recipe["target"]), schedule, classifier, statistics)
+            pictures, result = measure(as_noise(model, schedule, recipe["target"]), schedule, *d.load_classifier())
             write("runs", name, {"steps": len(losses), "loss": round(sum(losses[-100:]) / 100, 4), **result})
             print(name, read()["runs"][name], flush=True)
             if chosen.pictures:

@@ -34,6 +34,8 @@ ROWS = {  # name: (sampler, its options, how many pictures)
     "DDIM 100": (d.ddim_sample, {"steps": 100}, 10_000),
     "DDIM 50": (d.ddim_sample, {"steps": 50}, 10_000),
     "DDIM 10": (d.ddim_sample, {"steps": 10}, 10_000),
+    "DPM-Solver++ 20": (d.dpm_solver_sample, {"steps": 20, "clip": False}, 10_000),
+    "DPM-Solver++ 10": (d.dpm_solver_sample, {"steps": 10, "clip": False}, 10_000),
     "ancestral, beta": (d.ddpm_sample, {"sigma": "beta"}, 1_000),
     "ancestral, beta_tilde": (d.ddpm_sample, {"sigma": "beta_tilde"}, 1_000),
     "curve": (d.ddim_sample, {"steps": 50}, 1_000),

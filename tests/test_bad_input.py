@@ -35,6 +35,11 @@ def ddim(**change):
                             "progress": False, **change})
 
 
+def dpm(**change):
+    return d.dpm_solver_sample(**{"model": silent, "schedule": SCHEDULE, "n": 2, "steps": 5, "shape": (1, 8, 8),
+                                  "progress": False, **change})
+
+
 def gif(folder, **change):
     return d.save_gif(**{"frames": BYTES, "path": folder / "a.gif", **change})
 
@@ -110,9 +115,14 @@ CASES = [
     ("ddim_sample", lambda steps: ddim(steps=steps), "steps", [*NOT_WHOLE, 21]),
     ("ddim_sample", lambda eta: ddim(eta=eta), "eta", [-0.1, 1.1, "0", None, float("nan")]),
     ("ddim_sample", lambda x_T: ddim(x_T=x_T), "x_T", [torch.zeros(3, 1, 8, 8), torch.zeros(2, 8, 8), BYTES[:2], [0.0]]),
+    ("dpm_solver_sample", lambda n: dpm(n=n), "n", NOT_WHOLE),
+    ("dpm_solver_sample", lambda shape: dpm(shape=shape), "shape", NOT_SHAPES),
+    ("dpm_solver_sample", lambda steps: dpm(steps=steps), "steps", [*NOT_WHOLE, 21]),
+    ("dpm_solver_sample", lambda x_T: dpm(x_T=x_T), "x_T", [torch.zeros(3, 1, 8, 8), torch.zeros(2, 8, 8), BYTES[:2], [0.0]]),
     # a model that answers in another shape is found out at its first answer
     ("ddpm_sample", lambda noise: ddpm(model=lambda xt, t: noise), "noise", [torch.zeros(2, 3, 8, 8), None]),
     ("ddim_sample", lambda noise: ddim(model=lambda xt, t: noise), "noise", [torch.zeros(2, 3, 8, 8), None]),
+    ("dpm_solver_sample", lambda noise: dpm(model=lambda xt, t: noise), "noise", [torch.zeros(2, 3, 8, 8), None]),
 
     ("garment_features", lambda images: d.garment_features(CLASSIFIER, images), "images",
      [torch.zeros(2, 3, 28, 28), torch.zeros(2, 28, 28), torch.zeros(2, 1, 32, 32), torch.zeros(0, 1, 28, 28), None,

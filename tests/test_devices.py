@@ -6,8 +6,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import ddpm_utils
-from ddpm_utils import (EMA, GarmentClassifier, UNet, cosine_schedule, ddim_sample, ddpm_sample, garment_features,
-                        linear_schedule, simple_loss, train, v_loss)
+from ddpm_utils import (EMA, GarmentClassifier, UNet, cosine_schedule, ddim_sample, ddpm_sample, dpm_solver_sample,
+                        garment_features, linear_schedule, simple_loss, train, v_loss)
 
 SCHEDULE = linear_schedule(20)
 BYTES = torch.randint(0, 256, (16, 1, 8, 8), dtype=torch.uint8)
@@ -110,6 +110,7 @@ def test_no_float64_is_moved_to_a_device_or_made_there(make):
         assert ddpm_sample(model, schedule, 2, sigma="beta", **options).shape == (21, 2, 1, 8, 8)
         ddpm_sample(noise_model, schedule, 2, sigma="beta_tilde", **options)
         ddim_sample(model, schedule, 2, steps=5, eta=0.5, **options)
+        dpm_solver_sample(model, schedule, 2, steps=5, **options)
         garment_features(GarmentClassifier().eval().to("meta"), torch.zeros(3, 1, 28, 28))
     assert torch.float32 in seen.types and torch.int64 in seen.types
     assert torch.float64 not in seen.types
@@ -152,6 +153,7 @@ class Raises(torch.nn.Module):
 CALLS = {"train": ("batch_size", lambda m: train(m, SCHEDULE, BYTES, 2, progress=False)),
          "ddpm_sample": ("n", lambda m: ddpm_sample(m, SCHEDULE, 2, progress=False)),
          "ddim_sample": ("n", lambda m: ddim_sample(m, SCHEDULE, 2, steps=2, progress=False)),
+         "dpm_solver_sample": ("n", lambda m: dpm_solver_sample(m, SCHEDULE, 2, steps=2, progress=False)),
          "garment_features": ("batch_size", lambda m: garment_features(m, torch.zeros(2, 1, 28, 28)))}
 
 

@@ -26,7 +26,8 @@ TAUGHT = {"01": ["NoiseSchedule", "at", "linear_schedule", "cosine_schedule"],
           "03": ["simple_loss"],
           "04": ["EMA", "learning_rate", "v_loss", "NoiseFromV"],
           "05": ["ddpm_sample", "ddim_sample", "start_noise"],
-          "06": ["GarmentClassifier", "feature_statistics", "frechet_distance"]}
+          "06": ["GarmentClassifier", "feature_statistics", "frechet_distance"],
+          "08": ["dpm_solver_sample"]}
 LAST_HEADINGS = ["## Check yourself", "## What you learned", "## Common mistakes", "## Where this comes from", "## Next"]
 
 each_notebook = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from ddpm_utils import NoiseSchedule, cosine_schedule, ddim_sample, ddpm_sample, linear_schedule
+from ddpm_utils import NoiseSchedule, cosine_schedule, ddim_sample, ddpm_sample, dpm_solver_sample, linear_schedule
 
 MEAN, STD = 0.3, 0.2  # of x_0
 N = 40_000
@@ -272,6 +272,83 @@ def test_ddpm_visits_every_step():
     assert seen == list(range(15, 0, -1))
 
 
+# ------------------------------------------------------------------ DPM-Solver++(2M)
+
+def by_the_papers_formula(schedule, believed, x, steps):
+    """Lu et al. 2022, Algorithm 2, for one float64 number: r = h_before / h, D by r, and α (e^{-h} - 1)."""
+    alpha_bars = schedule.alpha_bars.double()
+    signal, spread = alpha_bars.sqrt().tolist(), (1 - alpha_bars).sqrt().tolist()
+    stops = [round(schedule.T * (1 - (k / steps)**1.6)) for k in range(steps + 1)]
+    older = h_before = None
+    for now, then in zip(stops[:-1], stops[1:]):
+        x0 = believed(x, signal[now], spread[now])
+        if then == 0:
+            return x0  # h is infinite: σ = 0 and e^{-h} = 0
+        h = math.log(signal[then] / spread[then]) - math.log(signal[now] / spread[now])
+        D = x0
+        if older is not None:
+            r = h_before / h
+            D = (1 + 1 / (2 * r)) * x0 - older / (2 * r)
+        x = spread[then] / spread[now] * x - signal[then] * (math.exp(-h) - 1) * D
+        older, h_before = x0, h
+
+
+@pytest.mark.parametrize("schedule", [linear_schedule(1000), cosine_schedule(1000)], ids=["linear", "cosine"])
+@pytest.mark.parametrize("steps", [1, 2, 3, 20, 50])
+def test_dpm_solver_is_the_papers_formula(schedule, steps):
+    def believed(x, signal, spread):
+        return math.tanh(x / (signal + spread))  # any belief that is no straight line in x
+
+    def noise(xt, t):
+        signal, spread = schedule.signal_scale[t[0]], schedule.noise_scale[t[0]]
+        return (xt - signal * (xt / (signal + spread)).tanh()) / spread
+
+    x_T = torch.tensor([[-1.5], [-0.2], [0.0], [0.7], [2.0]])
+    x = dpm_solver_sample(noise, schedule, 5, steps, shape=(1,), clip=False, x_T=x_T, progress=False)
+    wanted = [by_the_papers_formula(schedule, believed, float(start), steps) for start in x_T]
+    torch.testing.assert_close(x[:, 0], torch.tensor(wanted), rtol=0, atol=2e-3)
+
+
+def test_dpm_solver_is_exact_for_one_picture_and_one_step_of_it_is_ddims():
+    schedule, x_T = cosine_schedule(100), torch.randn(6, 3)
+
+    def to_a_tenth(xt, t):
+        return (xt - 0.1 * schedule.signal_scale[t[0]]) / schedule.noise_scale[t[0]]
+
+    for steps in (1, 2, 7, 100):
+        x = dpm_solver_sample(to_a_tenth, schedule, 6, steps, shape=(3,), x_T=x_T, progress=False)
+        torch.testing.assert_close(x, torch.full((6, 3), 0.1), rtol=0, atol=1e-3)
+    one = [sample(half, schedule, 6, steps=1, shape=(3,), x_T=x_T, clip=False, progress=False)
+           for sample in (ddim_sample, dpm_solver_sample)]
+    assert torch.equal(*one)
+
+
+def test_dpm_solver_is_of_second_order_and_ddim_of_first():
+    """Gaussian data: the flow keeps a point at the same number of standard deviations from the mean."""
+    schedule = cosine_schedule(10_000)
+    x_T = torch.linspace(-2, 2, 9)[:, None]
+    a = float(schedule.alpha_bars[-1])
+    end = MEAN + STD * (x_T - math.sqrt(a) * MEAN) / math.sqrt(a * STD**2 + 1 - a)
+    slopes = []
+    for sample in (ddim_sample, dpm_solver_sample):
+        errors = [float((sample(GaussianNoise(schedule), schedule, 9, n, shape=(1,), x_T=x_T, **quiet) - end).abs().mean())
+                  for n in (40, 160)]
+        slopes.append(math.log(errors[1] / errors[0]) / math.log(4))
+    assert -1.1 < slopes[0] < -0.9 and -2.7 < slopes[1] < -1.8
+
+
+@pytest.mark.parametrize("T", [7, 50, 1000])
+def test_dpm_solver_steps_down_from_T_and_denser_there(T):
+    schedule = linear_schedule(T)
+    for steps in (1, 2, 5, 7, T):
+        seen = []
+        dpm_solver_sample(lambda xt, t: seen.append(int(t[0])) or xt, schedule, 2, steps, shape=(1,), progress=False)
+        assert seen[0] == T and seen[-1] >= 1 and len(seen) <= steps
+        assert all(a > b for a, b in zip(seen, seen[1:]))
+        gaps = [a - b for a, b in zip(seen, seen[1:] + [0])]
+        assert gaps[0] <= gaps[-1] and (len(seen) == steps or T < steps**1.6)
+
+
 # ------------------------------------------------------------------ clipping
 
 def far_off(xt, t):
@@ -279,7 +356,7 @@ def far_off(xt, t):
     return -5 * torch.ones_like(xt)
 
 
-@pytest.mark.parametrize("sample", [ddpm_sample, ddim_sample])
+@pytest.mark.parametrize("sample", [ddpm_sample, ddim_sample, dpm_solver_sample])
 def test_clip_keeps_x0_in_range_and_no_clip_does_not(sample):
     schedule = cosine_schedule(50)
     clipped = sample(far_off, schedule, 8, shape=(1, 4, 4), progress=False)
@@ -324,8 +401,9 @@ def test_clipping_changes_nothing_where_nothing_is_outside():
 
 # ------------------------------------------------------------------ arguments and what comes back
 
-@pytest.mark.parametrize("sample, stages", [(ddpm_sample, 21), (lambda *a, **k: ddim_sample(*a, steps=6, **k), 7)],
-                         ids=["ddpm", "ddim"])
+@pytest.mark.parametrize("sample, stages", [(ddpm_sample, 21), (lambda *a, **k: ddim_sample(*a, steps=6, **k), 7),
+                                            (lambda *a, **k: dpm_solver_sample(*a, steps=6, **k), 7)],
+                         ids=["ddpm", "ddim", "dpm_solver"])
 def test_shapes_generator_and_trajectory(sample, stages):
     schedule = linear_schedule(20)
     for shape in ((), (1,), (2,), (1, 28, 28), [3, 8, 4]):
@@ -350,7 +428,7 @@ def test_shapes_generator_and_trajectory(sample, stages):
     assert torch.equal(x_T, kept)  # the caller's x_T is not written to
 
 
-@pytest.mark.parametrize("sample", [ddpm_sample, ddim_sample])
+@pytest.mark.parametrize("sample", [ddpm_sample, ddim_sample, dpm_solver_sample])
 def test_no_gradients_are_kept(sample):
     model = torch.nn.Linear(4, 4)
     x = sample(lambda xt, t: model(xt), linear_schedule(50), 2, shape=(4,), progress=False)

@@ -632,10 +632,11 @@ def simple_loss(model, schedule, x0, t=None, noise=None):
 
 # ------------------------------------------------------------------ 04: training
 
-def v_loss(model, schedule, x0, t=None, noise=None):
+def v_loss(model, schedule, x0, t=None, noise=None, gamma=None):
     """The mean squared error of v = √ᾱ ε - √(1-ᾱ) x_0 (Salimans & Ho 2022, arXiv 2202.00512); a scalar.
 
-    model predicts v; the rest as in simple_loss.
+    model predicts v; the rest as in simple_loss. gamma: a number gives the error of x_0 the weight min(SNR_t, gamma)
+    (Min-SNR, Hang et al. 2023, arXiv 2303.09556, section 3.4), which is min(SNR_t, gamma) / (SNR_t + 1) on that of v.
     """
     _check_floats("x0", x0)
     if t is None:
@@ -644,7 +645,17 @@ def v_loss(model, schedule, x0, t=None, noise=None):
         noise = torch.randn_like(x0)
     xt = schedule.q_sample(x0, t, noise)
     v = at(schedule.signal_scale, t, x0) * noise - at(schedule.noise_scale, t, x0) * x0
-    return F.mse_loss(model(xt, t), v)
+    error = (model(xt, t) - v).square()
+    if gamma is not None:
+        _check_number("gamma", gamma, 0)
+        snr = at(schedule.snr(), t, x0)
+        error = error * snr.clamp(max=gamma) / (snr + 1)
+    return error.mean()
+
+
+def min_snr_loss(model, schedule, x0, t=None, noise=None):
+    """v_loss with Min-SNR weights, γ = 5; a scalar. The rest as there."""
+    return v_loss(model, schedule, x0, t, noise, gamma=5)
 
 
 class NoiseFromV(nn.Module):

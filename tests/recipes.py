@@ -28,7 +28,7 @@ SAMPLES = 2_000
 
 # The recipe that the others are compared with; a row below says what it changes.
 REFERENCE = {"channels": (16, 32, 64), "patch": 1, "batch_size": 64, "lr": 2e-3, "decay": True, "ema": 0.995,
-             "schedule": "cosine", "target": "v", "min_snr": False, "bf16": True, "channels_last": False, "seed": 0}
+             "schedule": "cosine", "target": "v", "min_snr": None, "bf16": True, "channels_last": False, "seed": 0}
 # Notebook 04's ten lines, with the network that a plain U-Net tutorial would take
 TEN_LINES = {"channels": (32, 64, 128), "batch_size": 128, "lr": 1e-3, "decay": False, "ema": None, "target": "noise",
              "bf16": False}
@@ -40,7 +40,14 @@ RECIPES = {
     "learning rate 4e-3": {"lr": 4e-3},
     "no EMA": {"ema": None},
     "linear schedule": {"schedule": "linear"},
-    "Min-SNR weights": {"min_snr": True},
+    "Min-SNR weights": {"min_snr": 5},
+    "Min-SNR weights, rate 4e-3": {"min_snr": 5, "lr": 4e-3},
+    "Min-SNR weights, rate 4e-3, batch 32": {"min_snr": 5, "lr": 4e-3, "batch_size": 32},
+    "Min-SNR weights, rate 8e-3, batch 32": {"min_snr": 5, "lr": 8e-3, "batch_size": 32},
+    "Min-SNR weights, rate 4e-3, batch 32, seed 1": {"min_snr": 5, "lr": 4e-3, "batch_size": 32, "seed": 1},
+    "Min-SNR weights, rate 4e-3, batch 32, seed 2": {"min_snr": 5, "lr": 4e-3, "batch_size": 32, "seed": 2},
+    "Min-SNR weights with gamma 1": {"min_snr": 1},
+    "Min-SNR weights with gamma 20": {"min_snr": 20},
     "float32": {"bf16": False},
     "ten lines, seed 1": {**TEN_LINES, "seed": 1},
     "batch 128": {"batch_size": 128},
@@ -76,9 +83,9 @@ def loss_of(recipe):
         signal, spread = d.at(schedule.signal_scale, t, x0), d.at(schedule.noise_scale, t, x0)
         wanted = {"noise": noise, "v": signal * noise - spread * x0, "x0": x0}[recipe["target"]]
         error = (model(xt, t).float() - wanted).square().mean(dim=(1, 2, 3))
-        if recipe["min_snr"]:  # Hang et al. 2023: min(SNR, 5) on x_0's error
+        if recipe["min_snr"]:  # Hang et al. 2023: min(SNR, γ) on x_0's error
             snr = schedule.snr()[t]
-            error = error * snr.clamp(max=5) / {"noise": snr, "v": snr + 1, "x0": 1}[recipe["target"]]
+            error = error * snr.clamp(max=recipe["min_snr"]) / {"noise": snr, "v": snr + 1, "x0": 1}[recipe["target"]]
         return error.mean()
     return loss
 

@@ -90,6 +90,9 @@ CASES = [
                                                  torch.zeros(3, 1, 8, 9), torch.zeros(3, 8, 8)]),
     ("UNet.forward", lambda t: UNET(X, t), "t", [T.int(), T.float(), T[:2], T[:, None], [1, 10, 20], 5, None, T - 2]),
 
+    ("v_loss", lambda x0: d.v_loss(silent, SCHEDULE, x0), "x0", NOT_FLOATS),
+    ("v_loss", lambda gamma: d.v_loss(silent, SCHEDULE, X, gamma=gamma), "gamma", [-1, "5", float("nan")]),
+    ("min_snr_loss", lambda noise: d.min_snr_loss(silent, SCHEDULE, X, T, noise), "noise", [BYTES[:3], X[:2], X.numpy()]),
     ("simple_loss", lambda x0: d.simple_loss(silent, SCHEDULE, x0), "x0", NOT_FLOATS),
     ("simple_loss", lambda t: d.simple_loss(silent, SCHEDULE, X, t), "t",
      [T.int(), T.float(), T[:2], T[:, None], [1, 10, 20], 5, T + 1, T - 2]),

@@ -7,7 +7,7 @@ from torch.utils._pytree import tree_leaves
 
 import ddpm_utils
 from ddpm_utils import (EMA, GarmentClassifier, UNet, cosine_schedule, ddim_sample, ddpm_sample, dpm_solver_sample,
-                        garment_features, linear_schedule, simple_loss, train, v_loss)
+                        garment_features, linear_schedule, min_snr_loss, simple_loss, train)
 
 SCHEDULE = linear_schedule(20)
 BYTES = torch.randint(0, 256, (16, 1, 8, 8), dtype=torch.uint8)
@@ -102,7 +102,7 @@ def test_no_float64_is_moved_to_a_device_or_made_there(make):
         assert {x.device.type for x in vars(schedule).values() if torch.is_tensor(x)} == {"meta"}
         x0 = ddpm_utils.to_model_range(BYTES.to("meta"))
         simple_loss(model, schedule, x0).backward()
-        v_loss(model, schedule, x0).backward()
+        min_snr_loss(model, schedule, x0).backward()
         schedule.snr()
         EMA(model).update(model)
         noise_model = ddpm_utils.NoiseFromV(model, schedule)

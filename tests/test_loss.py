@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from ddpm_utils import cosine_schedule, linear_schedule, simple_loss
+from ddpm_utils import cosine_schedule, linear_schedule, min_snr_loss, simple_loss, v_loss
 
 
 def one(value):
@@ -180,3 +180,45 @@ def test_gradient_of_simple_loss():
     simple_loss(lambda xt, t: w * xt, schedule, x0, t, noise).backward()
     xt = schedule.q_sample(x0, t, noise)
     assert float(w.grad) == pytest.approx(float((2 * xt * (0.3 * xt - noise)).mean()), rel=1e-4)
+
+
+# ------------------------------------------------------------------ the loss on v, and its weights
+
+@pytest.mark.parametrize("make", [linear_schedule, cosine_schedule], ids=["linear", "cosine"])
+@pytest.mark.parametrize("gamma", [None, 1, 5, 20.0])
+def test_v_loss_weighs_the_error_of_x0(make, gamma):
+    """Hang et al. 2023 state their weight for x_0; picture by picture in float64, through x̂_0 = √ᾱ x_t - √(1-ᾱ) v̂."""
+    schedule, t = make(1000), torch.tensor([1, 40, 250, 400, 600, 990])
+    x0, noise, guess = torch.rand(6, 2, 4) * 2 - 1, torch.randn(6, 2, 4), torch.randn(6, 2, 4)
+    wanted = []
+    for i, a in enumerate(schedule.alpha_bars[t].double().tolist()):
+        signal, spread = math.sqrt(a), math.sqrt(1 - a)
+        xt = signal * x0[i].double() + spread * noise[i].double()
+        of_x0 = float((signal * xt - spread * guess[i].double() - x0[i].double()).square().mean())
+        snr = a / (1 - a)
+        wanted.append(of_x0 * (snr + 1 if gamma is None else min(snr, gamma)))
+    loss = v_loss(lambda xt, t: guess, schedule, x0, t, noise, gamma)
+    assert float(loss) == pytest.approx(sum(wanted) / 6, rel=2e-3)
+    if gamma == 5:
+        assert torch.equal(loss, min_snr_loss(lambda xt, t: guess, schedule, x0, t, noise))
+
+
+def test_v_loss_of_a_perfect_model_and_its_draws():
+    schedule, x0 = cosine_schedule(100), torch.rand(8, 1, 4, 4) * 2 - 1
+    t, noise = torch.randint(1, 101, (8,)), torch.randn(8, 1, 4, 4)
+    signal, spread = schedule.signal_scale[t].view(-1, 1, 1, 1), schedule.noise_scale[t].view(-1, 1, 1, 1)
+    for loss in (v_loss, min_snr_loss):
+        assert float(loss(lambda xt, t: signal * noise - spread * x0, schedule, x0, t, noise)) == 0
+        seen = []
+        loss(lambda xt, t: seen.append(t) or xt, schedule, torch.zeros(4000, 1))
+        assert seen[0].dtype == torch.int64 and int(seen[0].min()) == 1 and int(seen[0].max()) == 100
+
+
+def test_gradient_of_the_weighted_loss():
+    """By finite differences, so that a weight that is detached or misplaced is found out."""
+    schedule, x0 = cosine_schedule(100), torch.rand(16, 3) * 2 - 1
+    t, noise = torch.randint(1, 101, (16,)), torch.randn(16, 3)
+    loss = lambda w: min_snr_loss(lambda xt, t: w * xt, schedule, x0, t, noise)
+    w = torch.tensor(0.3, requires_grad=True)
+    loss(w).backward()
+    assert float(w.grad) == pytest.approx(float(loss(0.4) - loss(0.2)) / 0.2, rel=1e-3)  # a parabola: exact

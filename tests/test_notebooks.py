@@ -24,7 +24,7 @@ NAMES = ["01_schedule_and_forward_noising", "02_unet", "03_loss_derivation", "04
 TAUGHT = {"01": ["NoiseSchedule", "at", "linear_schedule", "cosine_schedule"],
           "02": ["time_embedding", "zero_init", "ResidualBlock", "SelfAttention", "UNet"],
           "03": ["simple_loss"],
-          "04": ["EMA", "learning_rate", "v_loss", "NoiseFromV"],
+          "04": ["EMA", "learning_rate", "v_loss", "min_snr_loss", "NoiseFromV"],
           "05": ["ddpm_sample", "ddim_sample", "start_noise"],
           "06": ["GarmentClassifier", "feature_statistics", "frechet_distance"],
           "08": ["dpm_solver_sample"]}

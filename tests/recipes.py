@@ -43,6 +43,7 @@ RECIPES = {
     "Min-SNR weights": {"min_snr": 5},
     "Min-SNR weights, rate 4e-3": {"min_snr": 5, "lr": 4e-3},
     "Min-SNR weights, rate 4e-3, batch 32": {"min_snr": 5, "lr": 4e-3, "batch_size": 32},
+    "Min-SNR weights, rate 4e-3, batch 16": {"min_snr": 5, "lr": 4e-3, "batch_size": 16},
     "Min-SNR weights, rate 8e-3, batch 32": {"min_snr": 5, "lr": 8e-3, "batch_size": 32},
     "Min-SNR weights, rate 4e-3, batch 32, seed 1": {"min_snr": 5, "lr": 4e-3, "batch_size": 32, "seed": 1},
     "Min-SNR weights, rate 4e-3, batch 32, seed 2": {"min_snr": 5, "lr": 4e-3, "batch_size": 32, "seed": 2},

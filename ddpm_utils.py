@@ -720,7 +720,7 @@ def train(model, schedule, images, steps, batch_size=64, lr=1e-3, ema=None, warm
     """DDPM Algorithm 1 with warm-up, decay, clipping and mixed precision; trains model in place.
 
     images: uint8 (N, C, H, W). ema: an EMA of the model, updated after every step. lr: the peak of the learning rate;
-    clip: the largest gradient norm. loss_function: simple_loss for a model that predicts ε, v_loss for one of v.
+    clip: the largest gradient norm. loss_function: simple_loss for a model that predicts ε, v_loss or min_snr_loss for one of v.
     checkpoint: a file; the run is saved there every checkpoint_every steps, and an unfinished run found there is
     continued, to the same numbers as an undisturbed one. callback(step): called every callback_every steps.
     Interrupting (the stop button) keeps model, ema and history usable.
@@ -1035,7 +1035,7 @@ def start_noise(schedule, n, shape, x_T, generator):
     return x_T.to(device)
 
 
-# an out-of-memory error names n; the functions themselves stand above as notebook 05 has them
+# an out-of-memory error names n; the functions themselves stand above as notebooks 05 and 08 have them
 ddpm_sample = _turn_down_if_out_of_memory("n")(ddpm_sample)
 ddim_sample = _turn_down_if_out_of_memory("n")(ddim_sample)
 dpm_solver_sample = _turn_down_if_out_of_memory("n")(dpm_solver_sample)

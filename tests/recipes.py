@@ -9,6 +9,7 @@ gets their Fréchet distance to the training set in the shipped classifier's fea
 beforehand, the runs themselves may share the machine with other work. Results: tests/recipes.json.
 """
 import argparse
+import functools
 import json
 import os
 import pathlib
@@ -20,6 +21,7 @@ HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
 import ddpm_utils as d  # noqa: E402
 
 RESULTS = HERE / "recipes.json"
@@ -78,17 +80,12 @@ def build(recipe):
 
 
 def loss_of(recipe):
-    """Targets and weights that the series does not use are written here, not in the helper."""
-    def loss(model, schedule, x0, t, noise):
-        xt = schedule.q_sample(x0, t, noise)
-        signal, spread = d.at(schedule.signal_scale, t, x0), d.at(schedule.noise_scale, t, x0)
-        wanted = {"noise": noise, "v": signal * noise - spread * x0, "x0": x0}[recipe["target"]]
-        error = (model(xt, t).float() - wanted).square().mean(dim=(1, 2, 3))
-        if recipe["min_snr"]:  # Hang et al. 2023: min(SNR, γ) on x_0's error
-            snr = schedule.snr()[t]
-            error = error * snr.clamp(max=recipe["min_snr"]) / {"noise": snr, "v": snr + 1, "x0": 1}[recipe["target"]]
-        return error.mean()
-    return loss
+    """The helper's losses, and that of x_0, which the series does not use."""
+    def x0_loss(model, schedule, x0, t, noise):
+        return F.mse_loss(model(schedule.q_sample(x0, t, noise), t), x0)
+
+    v_loss = functools.partial(d.v_loss, gamma=recipe["min_snr"])
+    return {"noise": d.simple_loss, "v": v_loss, "x0": x0_loss}[recipe["target"]]
 
 
 def as_noise(model, schedule, target):

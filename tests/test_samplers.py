@@ -28,6 +28,14 @@ class GaussianNoise:
         return (line * (xt.double() - alpha_bar.sqrt() * MEAN)).float()
 
 
+def to_a_tenth(schedule):
+    """The exact noise where x_0 is 0.1."""
+    def predict(xt, t):
+        alpha_bar = schedule.alpha_bars[t[0]]
+        return (xt - 0.1 * alpha_bar.sqrt()) / (1 - alpha_bar).sqrt()
+    return predict
+
+
 def linear_alpha_bars(T):
     betas = np.minimum(np.linspace(1e-4, 0.02, T) * 1000 / T, 0.999)
     return np.concatenate([[1.0], np.cumprod(1 - betas)])
@@ -312,11 +320,8 @@ def test_dpm_solver_is_the_papers_formula(schedule, steps):
 def test_dpm_solver_is_exact_for_one_picture_and_one_step_of_it_is_ddims():
     schedule, x_T = cosine_schedule(100), torch.randn(6, 3)
 
-    def to_a_tenth(xt, t):
-        return (xt - 0.1 * schedule.signal_scale[t[0]]) / schedule.noise_scale[t[0]]
-
     for steps in (1, 2, 7, 100):
-        x = dpm_solver_sample(to_a_tenth, schedule, 6, steps, shape=(3,), x_T=x_T, progress=False)
+        x = dpm_solver_sample(to_a_tenth(schedule), schedule, 6, steps, shape=(3,), x_T=x_T, progress=False)
         torch.testing.assert_close(x, torch.full((6, 3), 0.1), rtol=0, atol=1e-3)
     one = [sample(half, schedule, 6, steps=1, shape=(3,), x_T=x_T, clip=False, progress=False)
            for sample in (ddim_sample, dpm_solver_sample)]
@@ -388,12 +393,7 @@ def test_ddim_recomputes_the_noise_after_clipping():
 
 def test_clipping_changes_nothing_where_nothing_is_outside():
     schedule, x_T = linear_schedule(50), torch.randn(16, 2)
-
-    def to_a_tenth(xt, t):  # the exact noise where x_0 is 0.1
-        alpha_bar = schedule.alpha_bars[t[0]]
-        return (xt - 0.1 * alpha_bar.sqrt()) / (1 - alpha_bar).sqrt()
-
-    both = [ddim_sample(to_a_tenth, schedule, 16, 25, shape=(2,), x_T=x_T, clip=clip, progress=False)
+    both = [ddim_sample(to_a_tenth(schedule), schedule, 16, 25, shape=(2,), x_T=x_T, clip=clip, progress=False)
             for clip in (True, False)]
     torch.testing.assert_close(*both, rtol=0, atol=1e-3)
     torch.testing.assert_close(both[0], torch.full((16, 2), 0.1), rtol=0, atol=1e-3)

@@ -2,28 +2,57 @@
 
 GitHub turns a notebook into HTML with nbconvert, takes scripts and styles out, and lets MathJax set the mathematics.
 """
+
 import html
 import html.parser
-import json
-import pathlib
 import re
 
 import pytest
+from series import code_cells, each_notebook, prose, read
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-STATIC = {"image/png", "text/html", "text/plain"}  # what a page without scripts can show
+STATIC = {
+    "image/png",
+    "image/jpeg",
+    "image/gif",
+    "text/html",
+    "text/plain",
+}  # what a page without scripts can show
 VOID = {"br", "hr", "img"}
-TAGS = VOID | {"details", "summary", "sub", "sup", "table", "thead", "tbody", "tr", "th", "td", "b", "i", "p", "a", "code"}
-REFUSED = ["newcommand", "renewcommand", "def", "DeclareMathOperator", "require", "operatorname", "label", "ref", "eqref",
-           "tag", "href", "class", "style", "unicode", "mbox", "hbox"]  # macros that GitHub's MathJax refuses or loses
-
-each_notebook = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
-
-
-def cells(path, kind):
-    notebook = json.loads(path.read_text(encoding="utf-8"))
-    return [{**cell, "source": "".join(cell["source"])} for cell in notebook["cells"] if cell["cell_type"] == kind]
+TAGS = VOID | {
+    "details",
+    "summary",
+    "sub",
+    "sup",
+    "table",
+    "thead",
+    "tbody",
+    "tr",
+    "th",
+    "td",
+    "b",
+    "i",
+    "p",
+    "a",
+    "code",
+}
+REFUSED = [
+    "newcommand",
+    "renewcommand",
+    "def",
+    "DeclareMathOperator",
+    "require",
+    "operatorname",
+    "label",
+    "ref",
+    "eqref",
+    "tag",
+    "href",
+    "class",
+    "style",
+    "unicode",
+    "mbox",
+    "hbox",
+]  # macros that GitHub's MathJax refuses or loses
 
 
 def without_code(text):
@@ -34,7 +63,11 @@ def without_code(text):
 
 def mathematics(text):
     """The formulas of a markdown cell, as matches with the groups display and inline."""
-    return list(re.finditer(r"\$\$(?P<display>.+?)\$\$|(?<!\\)\$(?P<inline>[^$]+?)\$", without_code(text), re.DOTALL))
+    return list(
+        re.finditer(
+            r"\$\$(?P<display>.+?)\$\$|(?<!\\)\$(?P<inline>[^$]+?)\$", without_code(text), re.DOTALL
+        )
+    )
 
 
 def complaints(text):
@@ -42,12 +75,17 @@ def complaints(text):
     found, plain, end = [], without_code(text), 0
     rest = []
     for match in mathematics(text):
-        before, after = plain[:match.start()], plain[match.end():]
-        rest.append(plain[end:match.start()])
+        before, after = plain[: match.start()], plain[match.end() :]
+        rest.append(plain[end : match.start()])
         end = match.end()
         formula = match["display"] or match["inline"]
         if match["display"]:
-            if before.rstrip(" ") and not re.search(r"\n *\n *$", before) or after and not re.match(r" *(\n *(\n|$)|$)", after):
+            if (
+                before.rstrip(" ")
+                and not re.search(r"\n *\n *$", before)
+                or after
+                and not re.match(r" *(\n *(\n|$)|$)", after)
+            ):
                 found.append(f"$$ without blank lines around it: {formula}")
             if re.search(r"\n\s*\n", formula):
                 found.append(f"an empty line inside $$: {formula}")
@@ -79,23 +117,49 @@ def complaints(text):
     return found
 
 
-@pytest.mark.parametrize("text", [
-    "so $a$ and $b are", "see $ a$ there", "see $a$2", "then\n$$a$$\n\nso", "then\n\n$$a$$\nso", "$$a\n\nb$$", "$\\frac{a}{b$",
-    "$\\left(a)$", "$$\\begin{align}a\\end{align}$$", "\\begin{equation}a\\end{equation}", "$a <b$", "$a\\_b$",
-    "$\\operatorname{tr} a$", "$$\\begin{aligned}a$$", "so \\(a\\) is", "the \\alpha of it"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "so $a$ and $b are",
+        "see $ a$ there",
+        "see $a$2",
+        "then\n$$a$$\n\nso",
+        "then\n\n$$a$$\nso",
+        "$$a\n\nb$$",
+        "$\\frac{a}{b$",
+        "$\\left(a)$",
+        "$$\\begin{align}a\\end{align}$$",
+        "\\begin{equation}a\\end{equation}",
+        "$a <b$",
+        "$a\\_b$",
+        "$\\operatorname{tr} a$",
+        "$$\\begin{aligned}a$$",
+        "so \\(a\\) is",
+        "the \\alpha of it",
+    ],
+)
 def test_what_is_complained_about(text):
     assert complaints(text)
 
 
-@pytest.mark.parametrize("text", [
-    "so $a_t$ and $b_t$, are", "then\n\n$$\na_1 &= b \\\\\n$$\n\nso", "`$HOME` and $a$", "```\n$x\n```", "costs \\$5", "$$a$$"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "so $a_t$ and $b_t$, are",
+        "then\n\n$$\na_1 &= b \\\\\n$$\n\nso",
+        "`$HOME` and $a$",
+        "```\n$x\n```",
+        "costs \\$5",
+        "$$a$$",
+    ],
+)
 def test_what_is_not(text):
     assert not complaints(text)
 
 
 @each_notebook
 def test_mathematics(path):
-    texts = [cell["source"] for cell in cells(path, "markdown")]
+    texts = prose(path)
     assert sum(len(mathematics(text)) for text in texts) > 10, "where has the mathematics gone?"
     assert not [complaint for text in texts for complaint in complaints(text)]
 
@@ -127,26 +191,33 @@ def assert_survives_without_scripts(text):
     assert not read.open, f"not closed: {read.open}"
     assert set(read.tags) <= TAGS, set(read.tags) - TAGS
     for tag, name, value in read.attributes:
-        assert not name.startswith("on") and not (value or "").startswith("javascript:"), (tag, name)
+        assert not name.startswith("on") and not (value or "").startswith("javascript:"), (
+            tag,
+            name,
+        )
         if tag == "img" and name == "src":
-            assert value.startswith("data:image/") and len(value) > 100, value[:100]  # nothing from elsewhere
-    assert read.tags.count("img") == sum(name == "alt" and bool(value) for _, name, value in read.attributes)
+            # nothing from elsewhere
+            assert value.startswith("data:image/") and len(value) > 100, value[:100]
+    assert read.tags.count("img") == sum(
+        name == "alt" and bool(value) for _, name, value in read.attributes
+    )
     return read
 
 
 @each_notebook
 def test_html_in_the_prose(path):
-    for cell in cells(path, "markdown"):
-        text = re.sub(r"\$\$?.+?\$\$?", "", without_code(cell["source"]), flags=re.DOTALL)
+    for source in prose(path):
+        text = re.sub(r"\$\$?.+?\$\$?", "", without_code(source), flags=re.DOTALL)
         read = assert_survives_without_scripts(text)
         assert read.tags.count("details") == read.tags.count("summary")
         if "details" in read.tags:  # markdown inside is read as markdown only after an empty line
-            assert re.search(r"</summary>\n *\n", cell["source"]) and re.search(r"\n *\n *</details>", cell["source"])
+            assert re.search(r"</summary>\n *\n", source)
+            assert re.search(r"\n *\n *</details>", source)
 
 
 @each_notebook
 def test_outputs_show_without_scripts(path):
-    for cell in cells(path, "code"):
+    for cell in code_cells(path):
         for output in cell["outputs"]:
             kinds = set(output.get("data", {}))
             assert kinds <= STATIC, f"a page without scripts does not show {kinds - STATIC}"
@@ -157,8 +228,10 @@ def test_outputs_show_without_scripts(path):
 
 @each_notebook
 def test_no_widget_metadata(path):
-    notebook = json.loads(path.read_text(encoding="utf-8"))
-    assert set(notebook["metadata"]) <= {"kernelspec", "language_info"}, "GitHub does not show saved widget state"
+    notebook = read(path)
+    assert set(notebook["metadata"]) <= {"kernelspec", "language_info"}, (
+        "GitHub does not show saved widget state"
+    )
     assert (notebook["nbformat"], notebook["nbformat_minor"] >= 5) == (4, True)
     ids = [cell["id"] for cell in notebook["cells"]]
     assert len(ids) == len(set(ids))
@@ -168,9 +241,12 @@ def test_no_widget_metadata(path):
 def test_nbconvert_keeps_every_formula(path):
     """nbconvert reads the markdown: whatever stands between dollars must come out as it went in."""
     filters = pytest.importorskip("nbconvert.filters")
-    for cell in cells(path, "markdown"):
-        page = html.unescape(re.sub(r"<(code|pre)\b.*?</\1>", "code", filters.markdown2html(cell["source"]), flags=re.DOTALL))
-        for match in mathematics(cell["source"]):
+    for source in prose(path):
+        page = re.sub(
+            r"<(code|pre)\b.*?</\1>", "code", filters.markdown2html(source), flags=re.DOTALL
+        )
+        page = html.unescape(page)
+        for match in mathematics(source):
             formula = match[0].strip("$")
             assert formula.strip() in page, f"lost on the way to HTML: {formula}"
 
@@ -180,12 +256,13 @@ def test_nbconvert_to_html(path):
     """The whole page, from the saved outputs: every picture and every printed line is on it."""
     nbconvert = pytest.importorskip("nbconvert")
     page, _ = nbconvert.HTMLExporter().from_filename(str(path))
-    outputs = [output for cell in cells(path, "code") for output in cell["outputs"]]
-    pictures = sum("image/png" in output.get("data", {}) and "text/html" not in output["data"] for output in outputs)
-    gifs = sum("data:image/gif;base64,R0lG" in "".join(output.get("data", {}).get("text/html", "")) for output in outputs)
+    outputs = [output for cell in code_cells(path) for output in cell["outputs"]]
+    pictures = sum(
+        "image/png" in output.get("data", {}) and "text/html" not in output["data"]
+        for output in outputs
+    )
     assert pictures > 0
     assert page.count('src="data:image/png;base64,') == pictures
-    assert page.count("data:image/gif;base64,R0lG") == gifs
     plain = html.unescape(page)
     for output in outputs:
         if output["output_type"] == "stream":

@@ -7,6 +7,7 @@ Plain pytest leaves these tests out. They need selenium, Chromium (or Chrome) an
 is missing. They work in a copy of the repository, in a folder whose name has a space and an accent, with settings of
 JupyterLab of their own. With DDPM_SCREENSHOTS=FOLDER, pictures of every output go there, to be looked at.
 """
+
 import contextlib
 import json
 import os
@@ -20,12 +21,10 @@ import urllib.parse
 import urllib.request
 
 import pytest
+from series import PATHS, ROOT
+from test_pages_static import mathematics
 
-from test_static import mathematics
-
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-SLIDERS = {"01": 1, "05": 1, "08": 1}  # how many a notebook must have at least
+SLIDERS = {"01": 1, "05": 1, "09": 1}  # how many a notebook must have at least
 RUN_SECONDS = 40 * 60  # for all cells of one notebook, on a busy machine
 ANSWER_SECONDS = 60  # for a click, or for a slider's picture
 LOCAL = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -38,8 +37,14 @@ def program(*names):
 
 
 def git(folder, *arguments):
-    return subprocess.run(["git", *arguments], cwd=folder, check=True, capture_output=True, text=True,
-                          encoding="utf-8").stdout
+    return subprocess.run(
+        ["git", *arguments],
+        cwd=folder,
+        check=True,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+    ).stdout
 
 
 def wait_for(what, condition, seconds=ANSWER_SECONDS):
@@ -55,14 +60,26 @@ def wait_for(what, condition, seconds=ANSWER_SECONDS):
 
 def copy_of_the_repository(folder):
     """What git knows or would add, committed in a repository of its own, so that git status shows what a run changes."""
-    for name in git(ROOT, "ls-files", "-z", "--cached", "--others", "--exclude-standard").split("\0"):
+    for name in git(ROOT, "ls-files", "-z", "--cached", "--others", "--exclude-standard").split(
+        "\0"
+    ):
         if name and (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, folder / name)
     git(folder, "init", "-q")
     git(folder, "add", "-A")
-    git(folder, "-c", "user.name=test", "-c", "user.email=test@example.org", "-c", "commit.gpgsign=false",
-        "commit", "-qm", "as it is")
+    git(
+        folder,
+        "-c",
+        "user.name=test",
+        "-c",
+        "user.email=test@example.org",
+        "-c",
+        "commit.gpgsign=false",
+        "commit",
+        "-qm",
+        "as it is",
+    )
 
 
 class Lab:
@@ -72,8 +89,9 @@ class Lab:
         self.folder, self.address, self.token = folder, address, token
 
     def ask(self, path, method="GET"):
-        request = urllib.request.Request(self.address + path, method=method,
-                                         headers={"Authorization": f"token {self.token}"})
+        request = urllib.request.Request(
+            self.address + path, method=method, headers={"Authorization": f"token {self.token}"}
+        )
         with LOCAL.open(request, timeout=ANSWER_SECONDS) as answer:
             return json.loads(answer.read() or "null")
 
@@ -84,37 +102,68 @@ class Lab:
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
     pytest.importorskip("selenium", reason="selenium is not installed (pip install selenium)")
-    if not program("chromedriver") or not program("chromium", "chromium-browser", "google-chrome", "chrome"):
+    if not program("chromedriver") or not program(
+        "chromium", "chromium-browser", "google-chrome", "chrome"
+    ):
         pytest.skip("no Chromium or Chrome with its chromedriver on the PATH")
     place = tmp_path_factory.mktemp("lab")
     folder = place / "première leçon"
     folder.mkdir()
     copy_of_the_repository(folder)
     settings = place / "settings"  # of JupyterLab
-    for plugin, values in {  # no cell is left out of the page, no question about news covers it, saved when asked to
-            "notebook-extension/tracker": {"windowingMode": "none"},
-            "docmanager-extension/plugin": {"autosave": False},
-            "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False}}.items():
+    for (
+        plugin,
+        values,
+    ) in {  # no cell is left out of the page, no question about news covers it, saved when asked to
+        "notebook-extension/tracker": {"windowingMode": "none"},
+        "docmanager-extension/plugin": {"autosave": False},
+        "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
+    }.items():
         file = settings / "@jupyterlab" / f"{plugin}.jupyterlab-settings"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(values), encoding="utf-8")
     token = secrets.token_hex(16)
-    own = {"JUPYTER_CONFIG_DIR": "config", "JUPYTER_RUNTIME_DIR": "runtime", "JUPYTER_DATA_DIR": "data",
-           "JUPYTERLAB_SETTINGS_DIR": "settings", "JUPYTERLAB_WORKSPACES_DIR": "workspaces", "IPYTHONDIR": "ipython"}
-    environment = {**os.environ, **{name: str(place / value) for name, value in own.items()}, "JUPYTER_TOKEN": token,
-                   "DDPM_DATA": os.environ.get("DDPM_DATA", str(ROOT / "data"))}
+    own = {
+        "JUPYTER_CONFIG_DIR": "config",
+        "JUPYTER_RUNTIME_DIR": "runtime",
+        "JUPYTER_DATA_DIR": "data",
+        "JUPYTERLAB_SETTINGS_DIR": "settings",
+        "JUPYTERLAB_WORKSPACES_DIR": "workspaces",
+        "IPYTHONDIR": "ipython",
+    }
+    environment = {
+        **os.environ,
+        **{name: str(place / value) for name, value in own.items()},
+        "JUPYTER_TOKEN": token,
+        "DDPM_DATA": os.environ.get("DDPM_DATA", str(ROOT / "data")),
+    }
     environment.pop("DDPM_MAINTAINER", None)  # a learner's run
     with open(place / "server.log", "wb") as log:
         server = subprocess.Popen(
-            [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ServerApp.ip=127.0.0.1",
-             "--ServerApp.port=0", "--ServerApp.open_browser=False", f"--ServerApp.root_dir={folder}"],
-            cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT)
+            [
+                sys.executable,
+                "-m",
+                "jupyterlab",
+                "--no-browser",
+                "--allow-root",
+                "--ServerApp.ip=127.0.0.1",
+                "--ServerApp.port=0",
+                "--ServerApp.open_browser=False",
+                f"--ServerApp.root_dir={folder}",
+            ],
+            cwd=folder,
+            env=environment,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
     try:
+
         def address():
             assert server.poll() is None, (place / "server.log").read_text(errors="replace")
             for file in (place / "runtime").glob("jpserver-*.json"):
                 with contextlib.suppress(json.JSONDecodeError):  # still being written
                     return json.loads(file.read_text(encoding="utf-8"))["url"]
+
         running = Lab(folder, wait_for("JupyterLab starts", address), token)
         yield running
     finally:
@@ -130,12 +179,22 @@ def lab(tmp_path_factory):
 def browser(lab, tmp_path):
     """A browser of its own for each notebook; afterwards its kernel is shut down and the copy put in order."""
     from selenium import webdriver
+
     options = webdriver.ChromeOptions()
     options.binary_location = program("chromium", "chromium-browser", "google-chrome", "chrome")
-    for flag in ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
-                 "--disable-background-networking", "--window-size=1400,1000", f"--user-data-dir={tmp_path / 'profile'}"]:
+    for flag in [
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-dev-shm-usage",
+        "--disable-background-networking",
+        "--window-size=1400,1000",
+        f"--user-data-dir={tmp_path / 'profile'}",
+    ]:
         options.add_argument(flag)
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(program("chromedriver")))
+    driver = webdriver.Chrome(
+        options=options, service=webdriver.ChromeService(program("chromedriver"))
+    )
     driver.set_script_timeout(ANSWER_SECONDS)
     yield driver
     driver.quit()
@@ -158,7 +217,9 @@ def choose(browser, menu, command):
                         return True
             except StaleElementReferenceException:  # the menu was just redrawn
                 return False
+
         wait_for(f"{menu}, {command}: {selector}", found)
+
     click(".lm-MenuBar-item", menu)
     click(f'.lm-Menu-item[data-command="{command}"]:not(.lm-mod-disabled)')
 
@@ -178,9 +239,15 @@ def page(browser):
 
 
 def open_notebook(browser, lab, path):
-    browser.get(f"{lab.address}lab/tree/notebooks/{urllib.parse.quote(path.name)}?reset&token={lab.token}")
-    wait_for("the notebook opens", lambda: browser.find_elements(
-        "css selector", ".jp-NotebookPanel:not(.lm-mod-hidden) .jp-CodeCell"))
+    browser.get(
+        f"{lab.address}lab/tree/notebooks/{urllib.parse.quote(path.name)}?reset&token={lab.token}"
+    )
+    wait_for(
+        "the notebook opens",
+        lambda: browser.find_elements(
+            "css selector", ".jp-NotebookPanel:not(.lm-mod-hidden) .jp-CodeCell"
+        ),
+    )
     wait_for("its kernel starts", lambda: lab.ask("api/kernels") and lab.idle())
 
 
@@ -194,12 +261,14 @@ def run_all(browser, lab):
         now = page(browser)
         assert not now["errors"], "\n".join(now["errors"])
         return now if not {"[ ]:", "[*]:"} & set(now["prompts"]) and lab.idle() else None
+
     return wait_for("all cells ran", ended, RUN_SECONDS)
 
 
 def move_sliders(browser):
     """Moves every slider with the keyboard and with the mouse; the picture under it must follow. Hands back how many."""
     from selenium.webdriver import ActionChains, Keys
+
     count = len(browser.find_elements("css selector", ".widget-slider"))
     for i in range(count):
         slider = browser.find_elements("css selector", ".widget-slider")[i]
@@ -209,16 +278,27 @@ def move_sliders(browser):
         handle = slider.find_element("css selector", "[role=slider]")
 
         def state():  # in one script, because the picture is replaced at any moment
-            return browser.execute_script("""
+            return browser.execute_script(
+                """
                 const images = arguments[0].closest('.widget-interact').querySelectorAll('img');
                 return [Array.from(images, image => image.src), arguments[1].getAttribute('aria-valuetext')]""",
-                                          slider, handle)
+                slider,
+                handle,
+            )
 
         def moves(how, action):
-            pictures, value = wait_for("a picture under the slider", lambda: state() if state()[0] else None)
+            pictures, value = wait_for(
+                "a picture under the slider", lambda: state() if state()[0] else None
+            )
             action.perform()
-            wait_for(f"slider {label.text} moves with the {how}, from {value}", lambda: state()[1] != value)
-            wait_for(f"the picture follows slider {label.text}", lambda: state()[0] and state()[0] != pictures)
+            wait_for(
+                f"slider {label.text} moves with the {how}, from {value}",
+                lambda: state()[1] != value,
+            )
+            wait_for(
+                f"the picture follows slider {label.text}",
+                lambda: state()[0] and state()[0] != pictures,
+            )
 
         browser.execute_script("arguments[0].focus()", handle)
         moves("keyboard", ActionChains(browser).send_keys(Keys.ARROW_RIGHT))
@@ -237,6 +317,7 @@ def save(browser, path):
         if path.read_bytes() != before and not path.with_name(f".~{path.name}").exists():
             with contextlib.suppress(json.JSONDecodeError):  # still being written
                 return json.loads(path.read_text(encoding="utf-8"))
+
     return wait_for("the notebook is saved", saved)
 
 
@@ -244,7 +325,9 @@ def take_pictures(browser, path):
     folder = pathlib.Path(os.environ["DDPM_SCREENSHOTS"]) / path.stem
     folder.mkdir(parents=True, exist_ok=True)
     browser.set_window_size(1400, 1700)
-    for i, cell in enumerate(browser.find_elements("css selector", ".jp-NotebookPanel:not(.lm-mod-hidden) .jp-Cell")):
+    for i, cell in enumerate(
+        browser.find_elements("css selector", ".jp-NotebookPanel:not(.lm-mod-hidden) .jp-Cell")
+    ):
         browser.execute_script("arguments[0].scrollIntoView({block: 'start'})", cell)
         cell.screenshot(str(folder / f"{i:02}.png"))
 
@@ -255,8 +338,11 @@ def test_a_learner_runs_the_notebook(path, lab, browser):
     end = run_all(browser, lab)
     assert end["prompts"] == [f"[{n}]:" for n in range(1, len(end["prompts"]) + 1)]
     assert end["rendered"] == end["markdown"] > 0
-    texts = ["".join(cell["source"]) for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]
-             if cell["cell_type"] == "markdown"]
+    texts = [
+        "".join(cell["source"])
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]
+        if cell["cell_type"] == "markdown"
+    ]
     assert end["mathematics"] == sum(len(mathematics(text)) for text in texts) and not end["wrong"]
     assert move_sliders(browser) >= SLIDERS.get(path.stem[:2], 0)
     assert not page(browser)["errors"], page(browser)["errors"]

@@ -1,6 +1,6 @@
 """Pixels, grids of pictures, GIFs, and where they are written."""
+
 import pathlib
-import tempfile
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -19,6 +19,7 @@ def ramp(n=4, channels=1, low=0, high=255, size=6):
 
 
 # ------------------------------------------------------------------ pixels
+
 
 def test_every_pixel_value_survives_the_round_trip():
     u8 = torch.arange(256, dtype=torch.uint8)
@@ -44,6 +45,7 @@ def test_any_shape_and_float_type(shape):
 
 # ------------------------------------------------------------------ grids
 
+
 def drawn(figure):
     return [image for axis in figure.axes for image in axis.get_images()]
 
@@ -54,7 +56,7 @@ def test_a_grid_has_every_picture_in_its_place():
     grid = np.asarray(image.get_array())[:, :, 0]
     for i in range(7):  # a border of one pixel around each
         top, left = 1 + (i // 3) * 7, 1 + (i % 3) * 7
-        assert np.array_equal(grid[top:top + 6, left:left + 6], images[i, 0].numpy()), i
+        assert np.array_equal(grid[top : top + 6, left : left + 6], images[i, 0].numpy()), i
 
 
 @pytest.mark.parametrize("titles", [None, ["a", "b"]])
@@ -73,30 +75,63 @@ def test_titles_and_title():
     assert [axis.get_title() for axis in figure.axes][:3] == ["one", "two", "three"]
     assert figure._suptitle.get_text() == "above" and len(drawn(figure)) == 3
     for i, image in enumerate(drawn(figure)):
-        assert np.array_equal(np.asarray(image.get_array()).reshape(6, 6, -1)[:, :, 0], ramp(3)[i, 0].numpy())
+        assert np.array_equal(
+            np.asarray(image.get_array()).reshape(6, 6, -1)[:, :, 0], ramp(3)[i, 0].numpy()
+        )
 
 
 def test_floats_are_the_same_as_bytes_and_colours_stay():
     for images in (ramp(2), ramp(2, channels=3)):
-        (as_bytes,), (as_floats,) = drawn(show_images(images)), drawn(show_images(to_model_range(images)))
+        (as_bytes,), (as_floats,) = (
+            drawn(show_images(images)),
+            drawn(show_images(to_model_range(images))),
+        )
         assert np.array_equal(as_bytes.get_array(), as_floats.get_array())
     grid = np.asarray(as_bytes.get_array())
     assert np.array_equal(grid[1:7, 1:7], ramp(2, channels=3)[0].permute(1, 2, 0).numpy())
+
+
+def test_rows_are_named_and_titles_are_over_each_image():
+    figure = show_images(ramp(4), columns=2, rows=["noisy", "clean"])
+    (axis,) = figure.axes
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["noisy", "clean"]
+    assert list(axis.get_yticks()) == [3.5, 10.5]  # the middle of each row of 6 + 1 pixels
+    figure = show_images(ramp(4), list("abcd"), columns=2, rows=["noisy", "clean"])
+    assert [axis.get_ylabel() for axis in figure.axes] == ["noisy", "", "clean", ""]
+    for wrong in (["one"], ["a", "b", "c"]):
+        with pytest.raises(ValueError, match="rows must hold 2 names"):
+            show_images(ramp(4), columns=2, rows=wrong)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_a_number_is_not_drawn_black(tmp_path, value):
+    x = torch.zeros(2, 1, 4, 4)
+    x[1, 0, 2, 2] = value
+    for draw in (to_uint8, show_images, lambda x: save_gif(x, tmp_path / "a.gif")):
+        with pytest.raises(ValueError, match="not numbers"):
+            draw(x)
+    assert not list(tmp_path.iterdir())
 
 
 def test_one_picture_and_many():
     assert isinstance(show_images(ramp(1)), plt.Figure)
     show_images(ramp(23))
     show_images(torch.zeros(2, 1, 5, 9).requires_grad_())
-    assert show_images(ramp(1), scale=3).get_size_inches()[0] > show_images(ramp(1)).get_size_inches()[0]
+    assert (
+        show_images(ramp(1), scale=3).get_size_inches()[0]
+        > show_images(ramp(1)).get_size_inches()[0]
+    )
 
 
 # ------------------------------------------------------------------ GIF
 
+
 def read_gif(path):
     with Image.open(path) as gif:
-        return [(np.asarray(frame.convert("RGB")).copy(), frame.info["duration"]) for frame in
-                ImageSequence.Iterator(gif)], gif.info.get("loop")
+        return [
+            (np.asarray(frame.convert("RGB")).copy(), frame.info["duration"])
+            for frame in ImageSequence.Iterator(gif)
+        ], gif.info.get("loop")
 
 
 @pytest.mark.parametrize("form", ["(F, 1, H, W)", "(F, H, W)", "floats"])
@@ -114,7 +149,10 @@ def test_a_gif_has_the_frames_exactly(tmp_path, form):
 
 def test_one_range_for_all_frames(tmp_path):
     """A frame that uses a fifth of the range must not be stretched to all of it."""
-    dim, full = torch.linspace(-0.1, 0.1, 64).view(1, 1, 8, 8), torch.linspace(-1, 1, 64).view(1, 1, 8, 8)
+    dim, full = (
+        torch.linspace(-0.1, 0.1, 64).view(1, 1, 8, 8),
+        torch.linspace(-1, 1, 64).view(1, 1, 8, 8),
+    )
     read, _ = read_gif(save_gif(torch.cat([dim, full]), tmp_path / "a.gif"))
     assert read[0][0].min() == 115 and read[0][0].max() == 140
     assert read[1][0].min() == 0 and read[1][0].max() == 255
@@ -132,7 +170,9 @@ def test_enlarged_and_coloured(tmp_path):
 
 
 def test_a_gif_with_frames_that_do_not_change_lasts_as_long(tmp_path):
-    read, _ = read_gif(save_gif(ramp(1).repeat(4, 1, 1, 1), tmp_path / "a.gif", milliseconds=50, hold=1000))
+    read, _ = read_gif(
+        save_gif(ramp(1).repeat(4, 1, 1, 1), tmp_path / "a.gif", milliseconds=50, hold=1000)
+    )
     assert sum(duration for _, duration in read) == 1150
 
 
@@ -161,6 +201,7 @@ def test_a_full_disk_leaves_the_old_gif(tmp_path, monkeypatch):
 
 # ------------------------------------------------------------------ where it goes
 
+
 def test_a_learner_writes_to_outputs_and_a_maintainer_to_img(tmp_path, monkeypatch):
     monkeypatch.setattr(ddpm_utils, "HERE", tmp_path)
     for value in (None, "", "0"):
@@ -174,14 +215,14 @@ def test_a_learner_writes_to_outputs_and_a_maintainer_to_img(tmp_path, monkeypat
     assert output_path("run.pt") == tmp_path / "outputs" / "run.pt", "img/ is for pictures"
 
 
-def test_a_checkout_that_cannot_be_written(tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("not a folder")
+def test_a_checkout_that_cannot_be_written_leaves_outputs_at_home(tmp_path, monkeypatch):
+    """Not in a folder under the system's temporary one, where another user may write too."""
+    for variable in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(variable, str(tmp_path))
     monkeypatch.delenv("DDPM_MAINTAINER", raising=False)
-    monkeypatch.setattr(ddpm_utils, "HERE", tmp_path / "file")
-    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
-    path = output_path("a.gif")
-    assert path.parent.is_dir() and path.parent.parent == tmp_path
-    save_gif(ramp(), path)
+    monkeypatch.setattr(ddpm_utils.os, "access", lambda *args: False)
+    assert output_path("a.gif") == tmp_path / "outputs" / "a.gif"
+    save_gif(ramp(), output_path("a.gif"))
 
 
 def test_outputs_are_ignored_by_git():
@@ -190,6 +231,7 @@ def test_outputs_are_ignored_by_git():
 
 
 # ------------------------------------------------------------------ set_up
+
 
 def test_set_up_seeds_everything_and_says_so_in_one_line(capsys):
     import random

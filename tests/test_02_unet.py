@@ -1,8 +1,10 @@
 """The network: shapes, gradients, time, attention."""
+
 import math
 
 import pytest
 import torch
+from series import defined_in
 
 from ddpm_utils import ResidualBlock, SelfAttention, UNet, time_embedding, zero_init
 
@@ -47,7 +49,11 @@ def test_gradients_reach_every_parameter():
     """At the start the zero layers hold most gradients back; two steps of the optimiser set everything in motion."""
     model = UNet()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    x, noise, t = torch.randn(5, 1, 28, 28), torch.randn(5, 1, 28, 28), torch.tensor([1, 20, 300, 700, 1000])
+    x, noise, t = (
+        torch.randn(5, 1, 28, 28),
+        torch.randn(5, 1, 28, 28),
+        torch.tensor([1, 20, 300, 700, 1000]),
+    )
     for _ in range(3):
         optimizer.zero_grad()
         (model(x, t) - noise).square().mean().backward()
@@ -79,7 +85,9 @@ def test_eval_is_deterministic_and_pictures_do_not_mix():
         first = model(x, t)
         assert torch.equal(first, model(x, t))
         for i in range(4):  # a picture alone gets what it gets in company
-            torch.testing.assert_close(model(x[i:i + 1], t[i:i + 1])[0], first[i], rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(
+                model(x[i : i + 1], t[i : i + 1])[0], first[i], rtol=1e-3, atol=1e-4
+            )
 
 
 def test_input_is_left_alone_and_may_be_a_view():
@@ -106,7 +114,7 @@ def test_attention_is_the_explicit_softmax():
     x = torch.randn(2, channels, H, W)
     with torch.no_grad():
         out = layer(x)
-        normed = layer.norm(x).flatten(2)                                  # (B, C, H*W)
+        normed = layer.norm(x).flatten(2)  # (B, C, H*W)
         weight, bias = layer.qkv.weight[:, :, 0, 0], layer.qkv.bias
         d = channels // heads
         expected = torch.zeros_like(normed)
@@ -116,7 +124,9 @@ def test_attention_is_the_explicit_softmax():
             for head in range(heads):
                 own = slice(head * d, (head + 1) * d)
                 for i in range(H * W):  # pixel i asks
-                    scores = torch.stack([q[own, i] @ k[own, j] for j in range(H * W)]) / math.sqrt(d)
+                    scores = torch.stack([q[own, i] @ k[own, j] for j in range(H * W)]) / math.sqrt(
+                        d
+                    )
                     mixed[own, i] = (v[own] * (scores.exp() / scores.exp().sum())).sum(dim=1)
             expected[b] = layer.out.weight[:, :, 0, 0] @ mixed + layer.out.bias[:, None]
     assert float((out - x).abs().max()) > 1e-2
@@ -149,16 +159,88 @@ def test_residual_block_is_its_formula(channels):
         h = block.conv1(torch.nn.functional.silu(block.norm1(x)))
         scale_and_shift = time @ block.time.weight.T + block.time.bias
         grouped = h.view(2, 8, -1)
-        normed = (grouped - grouped.mean(dim=2, keepdim=True)) / (grouped.var(dim=2, keepdim=True, correction=0)
-                                                                  + 1e-5).sqrt()
+        normed = (grouped - grouped.mean(dim=2, keepdim=True)) / (
+            grouped.var(dim=2, keepdim=True, correction=0) + 1e-5
+        ).sqrt()
         h = normed.view_as(h) * block.norm2.weight[:, None, None] + block.norm2.bias[:, None, None]
-        h = h * (1 + scale_and_shift[:, :channels[1], None, None])
-        h = h + scale_and_shift[:, channels[1]:, None, None]
+        h = h * (1 + scale_and_shift[:, : channels[1], None, None])
+        h = h + scale_and_shift[:, channels[1] :, None, None]
         shortcut = x if channels[0] == channels[1] else block.skip(x)
-        torch.testing.assert_close(out, shortcut + block.conv2(h * torch.sigmoid(h)), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            out, shortcut + block.conv2(h * torch.sigmoid(h)), rtol=1e-4, atol=1e-5
+        )
+
+
+# ------------------------------------------------------------------ labels
+
+
+def test_an_untrained_label_changes_nothing_and_old_weights_load():
+    """A zero embedding reproduces the network without labels, to the last bit."""
+    torch.manual_seed(3)
+    plain = wake(UNet(channels=(8, 16)))
+    torch.manual_seed(4)
+    labelled = UNet(channels=(8, 16), classes=10)
+    missing = labelled.load_state_dict(plain.state_dict(), strict=False)
+    assert missing.missing_keys == ["label.weight"] and missing.unexpected_keys == []
+    x, t = torch.randn(11, 1, 8, 8), torch.arange(1, 12)
+    for y in (None, torch.arange(11)):
+        assert torch.equal(labelled(x, t, y), plain(x, t))
+    assert list(plain.state_dict()) == list(UNet(channels=(8, 16), classes=0).state_dict())
+
+
+def test_labels_take_no_random_number_from_the_other_layers():
+    torch.manual_seed(3)
+    plain = UNet(channels=(8, 16))
+    torch.manual_seed(3)
+    labelled = UNet(channels=(8, 16), classes=10)
+    assert all(
+        torch.equal(value, labelled.state_dict()[name])
+        for name, value in plain.state_dict().items()
+    )
+
+
+def test_no_label_is_the_last_row_and_each_label_says_something_else():
+    model, x, t = wake(UNet(channels=(8, 16), classes=3)), torch.randn(1, 1, 8, 8), steps(1)
+    out = [model(x, t, torch.tensor([y])) for y in range(4)]
+    assert torch.equal(model(x, t), out[3])
+    assert all(
+        float((a - b).detach().abs().max()) > 1e-4 for i, a in enumerate(out) for b in out[:i]
+    )
 
 
 def test_zero_init():
     layer = torch.nn.Conv2d(2, 3, 3)
     assert layer.weight.any() and zero_init(layer) is layer
     assert not layer.weight.any() and not layer.bias.any()
+
+
+# ------------------------------------------------------------------ the cut networks of notebook 02
+
+
+def test_the_notebooks_network_with_nothing_cut_is_the_unet_and_each_cut_is_another():
+    space = defined_in("02", "time_embedding", "Cut", "replace_norms", "build")
+    torch.manual_seed(0)
+    whole = wake(UNet(channels=(16, 32, 64)))
+    x, t = torch.randn(3, 1, 28, 28), torch.tensor([2, 400, 950])
+    for without in ("nothing", "skips", "t", "attention", "norm"):
+        net = space["build"](without)
+        net.load_state_dict(whole.state_dict(), strict=without != "norm")
+        same = torch.equal(net(x, t), whole(x, t))
+        assert same == (without == "nothing"), without
+    net = space["build"]("t")
+    net.load_state_dict(whole.state_dict())
+    assert torch.equal(net(x[:1], t[:1]), net(x[:1], t[2:]))
+
+
+def test_gradients_wake_up_in_three_steps():
+    """2, then 28, then all 84 parameters: the zero layers let the others in one after the other."""
+    torch.manual_seed(0)
+    model = UNet(channels=(16, 32, 64))
+    optimizer, awake = torch.optim.Adam(model.parameters(), lr=1e-3), []
+    x, noise, t = torch.randn(8, 1, 28, 28), torch.randn(8, 1, 28, 28), torch.arange(1, 9) * 100
+    for _ in range(3):
+        optimizer.zero_grad()
+        (model(x, t) - noise).square().mean().backward()
+        awake.append(sum(bool(p.grad.any()) for p in model.parameters()))
+        optimizer.step()
+    assert awake == [2, 28, 84]

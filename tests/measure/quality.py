@@ -1,17 +1,18 @@
 """How good the shipped garments are: the numbers and pictures of notebooks/weights/fashion.md. A script, not a test.
 
-    python tests/quality.py                       measure each row that is missing; goes on where it stopped
-    python tests/quality.py --only "DDIM 20"      some rows
-    python tests/quality.py --weights FILE        another checkpoint of the same network
-    python tests/quality.py --weights FILE --minutes 20   a point of the curve: its distance after 20 minutes of training
-    python tests/quality.py --table               print what was measured
-    python tests/quality.py --pictures            draw the card's pictures from the rows that are there
+    python tests/measure/quality.py                       measure each row that is missing; goes on where it stopped
+    python tests/measure/quality.py --only "DDIM 20"      some rows
+    python tests/measure/quality.py --weights FILE        another checkpoint of the same network
+    python tests/measure/quality.py --weights FILE --minutes 20   a point of the curve: its distance after 20 minutes of training
+    python tests/measure/quality.py --table               print what was measured
+    python tests/measure/quality.py --pictures            draw the card's pictures from the rows that are there
 
 The distances are Fréchet's, to the 60,000 training pictures in the shipped classifier's features; each row also measures
 how near its pictures are to the nearest training picture, and the floors are those of as many real test pictures. The
 rows with 10,000 pictures take from four minutes (DDIM 10) to forty (DDIM 100) on one core, each of the ancestral ones forty.
-Results: tests/quality.json; the pictures themselves stay in outputs/, which git ignores.
+Results: tests/measure/quality.json; the pictures themselves stay in outputs/, which git ignores.
 """
+
 import argparse
 import hashlib
 import json
@@ -20,15 +21,18 @@ import sys
 import time
 
 HERE = pathlib.Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path.insert(0, str(HERE.parent.parent))
 
 import matplotlib.pyplot as plt  # noqa: E402
 import torch  # noqa: E402
+
 import ddpm_utils as d  # noqa: E402
 
 RESULTS = HERE / "quality.json"
-WEIGHTS = HERE.parent / "notebooks" / "weights"
-BATCH = 100  # pictures sampled together; each batch has a seed of its own, so that a killed run goes on
+WEIGHTS = HERE.parent.parent / "notebooks" / "weights"
+BATCH = (
+    100  # pictures sampled together; each batch has a seed of its own, so that a killed run goes on
+)
 ROWS = {  # name: (sampler, its options, how many pictures)
     "DDIM 10": (d.ddim_sample, {"steps": 10}, 10_000),
     "DDIM 20": (d.ddim_sample, {"steps": 20}, 10_000),
@@ -83,10 +87,15 @@ def measure(pictures, training, classifier, statistics):
     features, probabilities = d.garment_features(classifier, pictures)
     kinds = probabilities.argmax(dim=1).bincount(minlength=10) / len(pictures)
     gaps = nearest(pictures, training)[0]
-    return {"pictures": len(pictures), "distance": round(d.frechet_distance(*d.feature_statistics(features), *statistics), 3),
-            "confidence": round(float(probabilities.max(dim=1).values.mean()), 4),
-            "rarest kind": round(float(kinds.min()), 4), "commonest kind": round(float(kinds.max()), 4),
-            "nearest, median": round(float(gaps.median()), 2), "nearest, 1st percentile": round(float(gaps.quantile(.01)), 2)}
+    return {
+        "images": len(pictures),
+        "distance": round(d.frechet_distance(*d.feature_statistics(features), *statistics), 3),
+        "confidence": round(float(probabilities.max(dim=1).values.mean()), 4),
+        "rarest class": round(float(kinds.min()), 4),
+        "commonest class": round(float(kinds.max()), 4),
+        "nearest, median": round(float(gaps.median()), 2),
+        "nearest, 1st percentile": round(float(gaps.quantile(0.01)), 2),
+    }
 
 
 def read():
@@ -104,34 +113,57 @@ def draw(key, training, test):
     rows = [row for row in ROWS if row != "curve" and file_of(key, row).exists()]
     first = [torch.load(file_of(key, row), weights_only=True)[:20] for row in rows]
     d.show_images(torch.cat([*first, test[:20]]), columns=20, scale=0.5).savefig(
-        WEIGHTS / "fashion_samples.png", bbox_inches="tight")
+        WEIGHTS / "fashion_samples.png", bbox_inches="tight"
+    )
     print("rows of fashion_samples.png:", ", ".join([*rows, "test pictures"]))
     pictures = torch.load(file_of(key, "DDIM 20"), weights_only=True)
     gaps, which = nearest(pictures, training)
     closest = gaps.argsort()[:10]
-    d.show_images(torch.cat([pictures[closest], training[which[closest]]]), columns=10, scale=0.7).savefig(
-        WEIGHTS / "fashion_closest.png", bbox_inches="tight")
-    print("the ten closest pairs, root mean squared difference in grey levels:", [round(float(g), 1) for g in gaps[closest]])
-    curve = sorted((float(minutes), found["distance"]) for minutes, found in read()["curve"].items())
+    d.show_images(
+        torch.cat([pictures[closest], training[which[closest]]]), columns=10, scale=0.7
+    ).savefig(WEIGHTS / "fashion_closest.png", bbox_inches="tight")
+    print(
+        "the ten closest pairs, root mean squared difference in grey levels:",
+        [round(float(g), 1) for g in gaps[closest]],
+    )
+    curve = sorted(
+        (float(minutes), found["distance"]) for minutes, found in read()["curve"].items()
+    )
     figure, axis = plt.subplots()
     axis.plot(*zip(*curve), marker="o", label="samples, DDIM in 50 steps")
-    axis.axhline(read()["real test pictures"]["1000"]["distance"], color="grey", linestyle="--", label="real test pictures")
-    axis.set(xlabel="minutes of training on one core", ylabel="Fréchet distance, 1,000 pictures", ylim=0)
+    axis.axhline(
+        read()["real test pictures"]["1000"]["distance"],
+        color="grey",
+        linestyle="--",
+        label="real test pictures",
+    )
+    axis.set(
+        xlabel="minutes of training on one core", ylabel="Fréchet distance, 1,000 pictures", ylim=0
+    )
     axis.legend()
     figure.savefig(WEIGHTS / "fashion_curve.png", bbox_inches="tight")
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--weights", type=pathlib.Path, default=WEIGHTS / "fashion.pt")
-    parser.add_argument("--minutes", type=float, help="how long the weights were trained: adds a point to the curve")
-    parser.add_argument("--only", nargs="*", default=list(ROWS), choices=list(ROWS), help="names of rows")
+    parser.add_argument(
+        "--minutes", type=float, help="how long the weights were trained: adds a point to the curve"
+    )
+    parser.add_argument(
+        "--only", nargs="*", default=list(ROWS), choices=list(ROWS), help="names of rows"
+    )
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--pictures", action="store_true")
     chosen = parser.parse_args()
     key = hashlib.sha256(chosen.weights.read_bytes()).hexdigest()[:12]
     if chosen.table:
-        real = {f"real test pictures, {n}": found for n, found in read().get("real test pictures", {}).items()}
+        real = {
+            f"real test pictures, {n}": found
+            for n, found in read().get("real test pictures", {}).items()
+        }
         for row, found in {**read().get(key, {}), **real}.items():
             print(f"{row:26s}", ", ".join(f"{what} {number}" for what, number in found.items()))
         return
@@ -142,24 +174,39 @@ def main():
     if chosen.pictures:
         draw(key, training.images, test.images)
         return
-    content = d.load_checkpoint(chosen.weights)
-    model, schedule = d.UNet(**content["unet"]), d.NoiseSchedule(content["betas"])
-    model.load_state_dict(content["model"])
-    model, schedule = model.to(device).eval(), schedule.to(device)
-    model = d.NoiseFromV(model, schedule) if content["target"] == "v" else model
+    model, schedule = d.load_pretrained(chosen.weights, device)
     classifier, statistics = d.load_classifier()
-    for n in (1_000, 10_000):  # the floors: real pictures against real ones; at 1,000 the mean of ten
+    for n in (
+        1_000,
+        10_000,
+    ):  # the floors: real pictures against real ones; at 1,000 the mean of ten
         if str(n) not in read().get("real test pictures", {}):
-            mixed = test.images[torch.randperm(len(test), generator=torch.Generator().manual_seed(0))]
-            parts = [measure(part, training.images, classifier, statistics) for part in mixed.split(n)]
-            mean = {what: round(sum(part[what] for part in parts) / len(parts), 4) for what in parts[0]}
-            write("real test pictures", str(n), {**mean, "pictures": n})
-    for row in ["curve"] if chosen.minutes is not None else [row for row in chosen.only if row != "curve"]:
+            mixed = test.images[
+                torch.randperm(len(test), generator=torch.Generator().manual_seed(0))
+            ]
+            parts = [
+                measure(part, training.images, classifier, statistics) for part in mixed.split(n)
+            ]
+            mean = {
+                what: round(sum(part[what] for part in parts) / len(parts), 4) for what in parts[0]
+            }
+            write("real test pictures", str(n), {**mean, "images": n})
+    for row in (
+        ["curve"] if chosen.minutes is not None else [row for row in chosen.only if row != "curve"]
+    ):
         place = (key, row) if row != "curve" else ("curve", f"{chosen.minutes:g}")
         if place[1] not in read().get(place[0], {}):
             start = time.perf_counter()
-            write(*place, measure(sample(model, schedule, row, key), training.images, classifier, statistics))
-            print(*place, read()[place[0]][place[1]], f"{time.perf_counter() - start:.0f} s", flush=True)
+            write(
+                *place,
+                measure(sample(model, schedule, row, key), training.images, classifier, statistics),
+            )
+            print(
+                *place,
+                read()[place[0]][place[1]],
+                f"{time.perf_counter() - start:.0f} s",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -3,13 +3,22 @@
 Where x_0 is a Gaussian, the exact ε(x_t, t) is a straight line in x_t, so each step is an affine map plus noise, and
 mean and variance of the whole way follow from two short recursions, written here in float64 without the helper.
 """
+
 import math
 
 import numpy as np
 import pytest
 import torch
 
-from ddpm_utils import NoiseSchedule, cosine_schedule, ddim_sample, ddpm_sample, dpm_solver_sample, linear_schedule
+from ddpm_utils import (
+    NoiseSchedule,
+    cosine_schedule,
+    ddim_sample,
+    ddpm_sample,
+    dpm_solver_sample,
+    linear_schedule,
+    stops,
+)
 
 MEAN, STD = 0.3, 0.2  # of x_0
 N = 40_000
@@ -30,9 +39,11 @@ class GaussianNoise:
 
 def to_a_tenth(schedule):
     """The exact noise where x_0 is 0.1."""
+
     def predict(xt, t):
         alpha_bar = schedule.alpha_bars[t[0]]
         return (xt - 0.1 * alpha_bar.sqrt()) / (1 - alpha_bar).sqrt()
+
     return predict
 
 
@@ -80,7 +91,8 @@ def ddim_law(T, steps):
 def assert_has_law(x, mean, variance):
     assert x.shape == (N, 1) and torch.isfinite(x).all()
     x = x.double()
-    # 5 standard errors of a Gaussian sample's mean and variance, and float32's rounding over many steps
+    # 5 standard errors of a Gaussian sample's mean and variance, and
+    # float32's rounding over many steps
     assert abs(float(x.mean()) - mean) < 5 * math.sqrt(variance / N) + 1e-4
     assert abs(float(x.var()) - variance) < 5 * variance * math.sqrt(2 / N) + 1e-5
 
@@ -111,8 +123,18 @@ def test_ddim_with_eta_1_over_all_steps_is_ddpm_number_for_number():
     """Both draw one noise a step, so with the same generator not only the law but the very samples agree."""
     schedule = cosine_schedule(60)
     first, second = (torch.Generator().manual_seed(5) for _ in range(2))
-    ddpm = ddpm_sample(GaussianNoise(schedule), schedule, 500, shape=(2,), sigma="beta_tilde", generator=first, **quiet)
-    ddim = ddim_sample(GaussianNoise(schedule), schedule, 500, 60, eta=1.0, shape=(2,), generator=second, **quiet)
+    ddpm = ddpm_sample(
+        GaussianNoise(schedule),
+        schedule,
+        500,
+        shape=(2,),
+        sigma="beta_tilde",
+        generator=first,
+        **quiet,
+    )
+    ddim = ddim_sample(
+        GaussianNoise(schedule), schedule, 500, 60, eta=1.0, shape=(2,), generator=second, **quiet
+    )
     torch.testing.assert_close(ddpm, ddim, rtol=0, atol=2e-4)
 
 
@@ -137,7 +159,10 @@ def test_the_error_at_finite_steps_vanishes_as_they_grow():
     """Fact: N(0.3, 0.2²), linear T = 1000, comes out with a standard deviation of 0.14 in 20 steps of DDIM, 0.186 in 100."""
     schedule = linear_schedule(1000)
     noise = GaussianNoise(schedule)
-    ddim = [float(ddim_sample(noise, schedule, N, steps=s, shape=(1,), **quiet).std()) for s in (20, 100, 1000)]
+    ddim = [
+        float(ddim_sample(noise, schedule, N, steps=s, shape=(1,), **quiet).std())
+        for s in (20, 100, 1000)
+    ]
     error = 5 * STD / math.sqrt(2 * N)
     assert ddim[0] == pytest.approx(0.14, abs=0.005) and ddim[1] == pytest.approx(0.186, abs=error)
     assert STD - ddim[0] > 3 * (STD - ddim[1]) and STD - ddim[1] > 3 * (STD - ddim[2])
@@ -161,14 +186,18 @@ BUMPS = [(0.4, -0.5, 0.15), (0.6, 0.6, 0.1)]  # weight, mean, standard deviation
 
 def bumps_noise(schedule):
     """-√(1-ᾱ) times the score of q(x_t), by autograd on its log-density: no formula shared with the helper."""
+
     def noise(xt, t):
         alpha_bar = float(schedule.alpha_bars[int(t[0])])
         x = xt.double().requires_grad_()
         with torch.enable_grad():
-            parts = [math.log(w) - (x - math.sqrt(alpha_bar) * m) ** 2 / (2 * v) - math.log(v) / 2 for w, m, v in
-                     ((w, m, alpha_bar * s**2 + 1 - alpha_bar) for w, m, s in BUMPS)]
+            parts = [
+                math.log(w) - (x - math.sqrt(alpha_bar) * m) ** 2 / (2 * v) - math.log(v) / 2
+                for w, m, v in ((w, m, alpha_bar * s**2 + 1 - alpha_bar) for w, m, s in BUMPS)
+            ]
             log_q = torch.logsumexp(torch.stack(parts), dim=0).sum()
         return (-math.sqrt(1 - alpha_bar) * torch.autograd.grad(log_q, x)[0]).float()
+
     return noise
 
 
@@ -182,8 +211,10 @@ def kolmogorov_smirnov(x, y):
     """The largest distance of two samples' distribution functions."""
     x, y = np.sort(x.numpy().ravel()), np.sort(y.numpy().ravel())
     everywhere = np.concatenate([x, y])
-    return np.abs(np.searchsorted(x, everywhere, "right") / len(x)
-                  - np.searchsorted(y, everywhere, "right") / len(y)).max()
+    return np.abs(
+        np.searchsorted(x, everywhere, "right") / len(x)
+        - np.searchsorted(y, everywhere, "right") / len(y)
+    ).max()
 
 
 @pytest.mark.parametrize("sampler", ["beta", "beta_tilde", "ddim"])
@@ -208,6 +239,7 @@ def test_few_steps_are_seen_by_that_distance():
 
 # ------------------------------------------------------------------ step by step
 
+
 def half(xt, t):
     """A model that is wrong but simple."""
     return 0.5 * xt
@@ -218,7 +250,9 @@ def test_ddpm_adds_noise_of_the_right_size_but_none_in_the_last_step(sigma):
     T, n = 12, 20_000
     betas = np.linspace(0.02, 0.4, T)  # mild, so that a wrong model's x_t stays small
     schedule, alpha_bars = NoiseSchedule(betas), np.concatenate([[1.0], np.cumprod(1 - betas)])
-    way = ddpm_sample(half, schedule, n, shape=(1,), sigma=sigma, return_trajectory=True, **quiet).double()
+    way = ddpm_sample(
+        half, schedule, n, shape=(1,), sigma=sigma, return_trajectory=True, **quiet
+    ).double()
     for t in range(T, 0, -1):
         now, then = way[T - t], way[T - t + 1]
         alpha = alpha_bars[t] / alpha_bars[t - 1]
@@ -234,13 +268,15 @@ def test_ddpm_adds_noise_of_the_right_size_but_none_in_the_last_step(sigma):
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
-def test_ddim_ends_at_what_the_network_believes(eta):
+def test_ddim_ends_at_the_predicted_x0(eta):
     schedule = linear_schedule(100)
     way = ddim_sample(half, schedule, 50, 10, eta=eta, shape=(3,), return_trajectory=True, **quiet)
     last_but_one = way[-2]  # at t = 10
     alpha_bar = float(schedule.alpha_bars[10])
-    believed = (last_but_one - math.sqrt(1 - alpha_bar) * 0.5 * last_but_one) / math.sqrt(alpha_bar)
-    torch.testing.assert_close(way[-1], believed, rtol=1e-4, atol=1e-5)
+    predicted = (last_but_one - math.sqrt(1 - alpha_bar) * 0.5 * last_but_one) / math.sqrt(
+        alpha_bar
+    )
+    torch.testing.assert_close(way[-1], predicted, rtol=1e-4, atol=1e-5)
 
 
 def test_ddim_with_eta_0_draws_nothing_after_x_T():
@@ -248,7 +284,9 @@ def test_ddim_with_eta_0_draws_nothing_after_x_T():
     before = torch.get_rng_state()
     first = ddim_sample(half, schedule, 4, 10, shape=(1, 8, 8), x_T=x_T, progress=False)
     assert torch.equal(torch.get_rng_state(), before)
-    assert torch.equal(first, ddim_sample(half, schedule, 4, 10, shape=(1, 8, 8), x_T=x_T, progress=False))
+    assert torch.equal(
+        first, ddim_sample(half, schedule, 4, 10, shape=(1, 8, 8), x_T=x_T, progress=False)
+    )
 
 
 @pytest.mark.parametrize("T", [7, 50, 1000])
@@ -280,81 +318,8 @@ def test_ddpm_visits_every_step():
     assert seen == list(range(15, 0, -1))
 
 
-# ------------------------------------------------------------------ DPM-Solver++(2M)
-
-def by_the_papers_formula(schedule, believed, x, steps):
-    """Lu et al. 2022, Algorithm 2, for one float64 number: r = h_before / h, D by r, and α (e^{-h} - 1)."""
-    alpha_bars = schedule.alpha_bars.double()
-    signal, spread = alpha_bars.sqrt().tolist(), (1 - alpha_bars).sqrt().tolist()
-    stops = [round(schedule.T * (1 - (k / steps)**1.6)) for k in range(steps + 1)]
-    older = h_before = None
-    for now, then in zip(stops[:-1], stops[1:]):
-        x0 = believed(x, signal[now], spread[now])
-        if then == 0:
-            return x0  # h is infinite: σ = 0 and e^{-h} = 0
-        h = math.log(signal[then] / spread[then]) - math.log(signal[now] / spread[now])
-        D = x0
-        if older is not None:
-            r = h_before / h
-            D = (1 + 1 / (2 * r)) * x0 - older / (2 * r)
-        x = spread[then] / spread[now] * x - signal[then] * (math.exp(-h) - 1) * D
-        older, h_before = x0, h
-
-
-@pytest.mark.parametrize("schedule", [linear_schedule(1000), cosine_schedule(1000)], ids=["linear", "cosine"])
-@pytest.mark.parametrize("steps", [1, 2, 3, 20, 50])
-def test_dpm_solver_is_the_papers_formula(schedule, steps):
-    def believed(x, signal, spread):
-        return math.tanh(x / (signal + spread))  # any belief that is no straight line in x
-
-    def noise(xt, t):
-        signal, spread = schedule.signal_scale[t[0]], schedule.noise_scale[t[0]]
-        return (xt - signal * (xt / (signal + spread)).tanh()) / spread
-
-    x_T = torch.tensor([[-1.5], [-0.2], [0.0], [0.7], [2.0]])
-    x = dpm_solver_sample(noise, schedule, 5, steps, shape=(1,), clip=False, x_T=x_T, progress=False)
-    wanted = [by_the_papers_formula(schedule, believed, float(start), steps) for start in x_T]
-    torch.testing.assert_close(x[:, 0], torch.tensor(wanted), rtol=0, atol=2e-3)
-
-
-def test_dpm_solver_is_exact_for_one_picture_and_one_step_of_it_is_ddims():
-    schedule, x_T = cosine_schedule(100), torch.randn(6, 3)
-
-    for steps in (1, 2, 7, 100):
-        x = dpm_solver_sample(to_a_tenth(schedule), schedule, 6, steps, shape=(3,), x_T=x_T, progress=False)
-        torch.testing.assert_close(x, torch.full((6, 3), 0.1), rtol=0, atol=1e-3)
-    one = [sample(half, schedule, 6, steps=1, shape=(3,), x_T=x_T, clip=False, progress=False)
-           for sample in (ddim_sample, dpm_solver_sample)]
-    assert torch.equal(*one)
-
-
-def test_dpm_solver_is_of_second_order_and_ddim_of_first():
-    """Gaussian data: the flow keeps a point at the same number of standard deviations from the mean."""
-    schedule = cosine_schedule(10_000)
-    x_T = torch.linspace(-2, 2, 9)[:, None]
-    a = float(schedule.alpha_bars[-1])
-    end = MEAN + STD * (x_T - math.sqrt(a) * MEAN) / math.sqrt(a * STD**2 + 1 - a)
-    slopes = []
-    for sample in (ddim_sample, dpm_solver_sample):
-        errors = [float((sample(GaussianNoise(schedule), schedule, 9, n, shape=(1,), x_T=x_T, **quiet) - end).abs().mean())
-                  for n in (40, 160)]
-        slopes.append(math.log(errors[1] / errors[0]) / math.log(4))
-    assert -1.1 < slopes[0] < -0.9 and -2.7 < slopes[1] < -1.8
-
-
-@pytest.mark.parametrize("T", [7, 50, 1000])
-def test_dpm_solver_steps_down_from_T_and_denser_there(T):
-    schedule = linear_schedule(T)
-    for steps in (1, 2, 5, 7, T):
-        seen = []
-        dpm_solver_sample(lambda xt, t: seen.append(int(t[0])) or xt, schedule, 2, steps, shape=(1,), progress=False)
-        assert seen[0] == T and seen[-1] >= 1 and len(seen) <= steps
-        assert all(a > b for a, b in zip(seen, seen[1:]))
-        gaps = [a - b for a, b in zip(seen, seen[1:] + [0])]
-        assert gaps[0] <= gaps[-1] and (len(seen) == steps or T < steps**1.6)
-
-
 # ------------------------------------------------------------------ clipping
+
 
 def far_off(xt, t):
     """Says so much noise that x̂_0 is far outside [-1, 1]."""
@@ -365,45 +330,109 @@ def far_off(xt, t):
 def test_clip_keeps_x0_in_range_and_no_clip_does_not(sample):
     schedule = cosine_schedule(50)
     clipped = sample(far_off, schedule, 8, shape=(1, 4, 4), progress=False)
-    assert float(clipped.max()) == 1 and float(clipped.min()) >= -1
-    assert float(sample(far_off, schedule, 8, shape=(1, 4, 4), clip=False, progress=False).max()) > 1.5
+    assert float(clipped.max()) == pytest.approx(1, abs=1e-6) and float(clipped.min()) >= -1
+    assert (
+        float(sample(far_off, schedule, 8, shape=(1, 4, 4), clip=False, progress=False).max()) > 1.5
+    )
 
 
-def test_ddpm_clips_the_believed_x0_and_not_xt():
+def test_ddpm_clips_the_predicted_x0_and_not_xt():
     schedule, x_T = cosine_schedule(50), torch.full((1, 4), 3.0)
-    way = ddpm_sample(far_off, schedule, 1, shape=(4,), x_T=x_T, return_trajectory=True, progress=False)
+    way = ddpm_sample(
+        far_off, schedule, 1, shape=(4,), x_T=x_T, return_trajectory=True, progress=False
+    )
     assert torch.equal(way[0], x_T)  # outside [-1, 1], and left so
-    mean, _ = schedule.q_posterior(torch.ones(20_000), torch.full((20_000,), 0.2), torch.full((20_000,), 25))
+    mean, _ = schedule.q_posterior(
+        torch.ones(20_000), torch.full((20_000,), 0.2), torch.full((20_000,), 25)
+    )
     half_way = NoiseSchedule(schedule.betas[1:26])  # the same chain, its last 25 steps only
-    many = ddpm_sample(far_off, half_way, 20_000, shape=(), x_T=torch.full((20_000,), 0.2), return_trajectory=True,
-                       progress=False)
+    many = ddpm_sample(
+        far_off,
+        half_way,
+        20_000,
+        shape=(),
+        x_T=torch.full((20_000,), 0.2),
+        return_trajectory=True,
+        progress=False,
+    )
     error = 5 * math.sqrt(float(schedule.betas[25]) / 20_000)
     assert float(many[1].mean()) == pytest.approx(float(mean[0]), abs=error)
 
 
 def test_ddim_recomputes_the_noise_after_clipping():
     schedule, x_T = cosine_schedule(50), torch.tensor([[0.5]])
-    way = ddim_sample(far_off, schedule, 1, 5, shape=(1,), x_T=x_T, return_trajectory=True, progress=False)
+    way = ddim_sample(
+        far_off, schedule, 1, 5, shape=(1,), x_T=x_T, return_trajectory=True, progress=False
+    )
     for i in range(5):
         now, then = (float(schedule.alpha_bars[50 - 10 * k]) for k in (i, i + 1))
         x = float(way[i])
         noise = (x - math.sqrt(now) * 1.0) / math.sqrt(1 - now)  # ε that goes with x̂_0 = 1
-        assert float(way[i + 1]) == pytest.approx(math.sqrt(then) * 1.0 + math.sqrt(1 - then) * noise, abs=1e-4)
+        assert float(way[i + 1]) == pytest.approx(
+            math.sqrt(then) * 1.0 + math.sqrt(1 - then) * noise, abs=1e-4
+        )
 
 
 def test_clipping_changes_nothing_where_nothing_is_outside():
     schedule, x_T = linear_schedule(50), torch.randn(16, 2)
-    both = [ddim_sample(to_a_tenth(schedule), schedule, 16, 25, shape=(2,), x_T=x_T, clip=clip, progress=False)
-            for clip in (True, False)]
+    both = [
+        ddim_sample(
+            to_a_tenth(schedule), schedule, 16, 25, shape=(2,), x_T=x_T, clip=clip, progress=False
+        )
+        for clip in (True, False)
+    ]
     torch.testing.assert_close(*both, rtol=0, atol=1e-3)
     torch.testing.assert_close(both[0], torch.full((16, 2), 0.1), rtol=0, atol=1e-3)
 
 
+# ------------------------------------------------------------------ stops
+
+
+@pytest.mark.parametrize("steps, power", [(1, 1.0), (7, 1.0), (50, 1.0), (10, 1.6), (50, 3.0)])
+def test_stops_fall_from_T_to_0(steps, power):
+    found = stops(50, steps, power)
+    assert found[0] == 50 and found[-1] == 0 and all(isinstance(stop, int) for stop in found)
+    assert all(a > b for a, b in zip(found[:-1], found[1:]))
+    assert len(found) == steps + 1 or power > 1
+    gaps = [a - b for a, b in zip(found[:-1], found[1:])]
+    assert max(gaps) - min(gaps) <= 1 if power == 1 else gaps[0] <= gaps[-1]
+
+
+@pytest.mark.parametrize("sample", [ddim_sample, dpm_solver_sample])
+def test_stops_of_ones_own(sample):
+    schedule, x_T, seen = linear_schedule(50), torch.randn(3, 2), []
+
+    def model(xt, t):
+        seen.append(int(t[0]))
+        return 0.5 * xt
+
+    x = sample(model, schedule, 3, steps=[50, 31, 8, 0], shape=(2,), x_T=x_T, progress=False)
+    assert seen == [50, 31, 8] and x.shape == (3, 2)
+    even = sample(half, schedule, 3, steps=stops(50, 5, 1.0), shape=(2,), x_T=x_T, progress=False)
+    if sample is ddim_sample:
+        assert torch.equal(
+            even, sample(half, schedule, 3, steps=5, shape=(2,), x_T=x_T, progress=False)
+        )
+
+
+@pytest.mark.parametrize("wrong", [[50, 8], [50, 8, 8, 0], [8, 50, 0], [51, 8, 0], [0], []])
+def test_stops_that_do_not_fall_to_0_are_refused(wrong):
+    with pytest.raises(ValueError, match="stops must fall"):
+        ddim_sample(half, linear_schedule(50), 1, steps=wrong, shape=(1,), progress=False)
+
+
 # ------------------------------------------------------------------ arguments and what comes back
 
-@pytest.mark.parametrize("sample, stages", [(ddpm_sample, 21), (lambda *a, **k: ddim_sample(*a, steps=6, **k), 7),
-                                            (lambda *a, **k: dpm_solver_sample(*a, steps=6, **k), 7)],
-                         ids=["ddpm", "ddim", "dpm_solver"])
+
+@pytest.mark.parametrize(
+    "sample, stages",
+    [
+        (ddpm_sample, 21),
+        (lambda *a, **k: ddim_sample(*a, steps=6, **k), 7),
+        (lambda *a, **k: dpm_solver_sample(*a, steps=6, **k), 7),
+    ],
+    ids=["ddpm", "ddim", "dpm_solver"],
+)
 def test_shapes_generator_and_trajectory(sample, stages):
     schedule = linear_schedule(20)
     for shape in ((), (1,), (2,), (1, 28, 28), [3, 8, 4]):
@@ -411,21 +440,57 @@ def test_shapes_generator_and_trajectory(sample, stages):
         assert x.shape == (3, *shape) and x.dtype == torch.float32 and not x.requires_grad
     assert sample(half, schedule, 1, progress=False).shape == (1, 1, 28, 28)
 
-    first, again, other = (sample(half, schedule, 2, shape=(5,), progress=False,
-                                  generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+    first, again, other = (
+        sample(
+            half,
+            schedule,
+            2,
+            shape=(5,),
+            progress=False,
+            generator=torch.Generator().manual_seed(seed),
+        )
+        for seed in (1, 1, 2)
+    )
     assert torch.equal(first, again) and not torch.equal(first, other)
     state = torch.get_rng_state()
-    sample(half, schedule, 2, shape=(5,), progress=False, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(torch.get_rng_state(), state)  # with a generator the global one is left alone
+    sample(
+        half, schedule, 2, shape=(5,), progress=False, generator=torch.Generator().manual_seed(1)
+    )
+    # with a generator the global one is left alone
+    assert torch.equal(torch.get_rng_state(), state)
 
     x_T = torch.randn(2, 5)
     kept = x_T.clone()
-    way = sample(half, schedule, 2, shape=(5,), x_T=x_T, return_trajectory=True, progress=False,
-                 generator=torch.Generator().manual_seed(1))
-    end = sample(half, schedule, 2, shape=(5,), x_T=x_T, progress=False, generator=torch.Generator().manual_seed(1))
+    way = sample(
+        half,
+        schedule,
+        2,
+        shape=(5,),
+        x_T=x_T,
+        return_trajectory=True,
+        progress=False,
+        generator=torch.Generator().manual_seed(1),
+    )
+    end = sample(
+        half,
+        schedule,
+        2,
+        shape=(5,),
+        x_T=x_T,
+        progress=False,
+        generator=torch.Generator().manual_seed(1),
+    )
     assert way.shape == (stages, 2, 5) and way.device.type == "cpu"
     assert torch.equal(way[0], kept) and torch.equal(way[-1], end)
     assert torch.equal(x_T, kept)  # the caller's x_T is not written to
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_a_start_in_another_float_type_is_taken(dtype):
+    x = ddim_sample(
+        half, linear_schedule(50), 2, 3, shape=(4,), x_T=torch.randn(2, 4).to(dtype), progress=False
+    )
+    assert x.dtype == torch.float32
 
 
 @pytest.mark.parametrize("sample", [ddpm_sample, ddim_sample, dpm_solver_sample])
@@ -445,9 +510,14 @@ def test_the_bar_shows_or_not(capsys):
 
 # ------------------------------------------------------------------ against diffusers, where it happens to be installed
 
+
 def diffusers_options(schedule):
-    return {"num_train_timesteps": schedule.T, "trained_betas": schedule.betas[1:].numpy(), "clip_sample": True,
-            "prediction_type": "epsilon"}
+    return {
+        "num_train_timesteps": schedule.T,
+        "trained_betas": schedule.betas[1:].numpy(),
+        "clip_sample": True,
+        "prediction_type": "epsilon",
+    }
 
 
 @pytest.mark.parametrize("sigma, theirs", [("beta", "fixed_large"), ("beta_tilde", "fixed_small")])
@@ -455,8 +525,17 @@ def test_ddpm_is_diffusers_ddpm(sigma, theirs):
     """Step by step from the same x_T with the same draws; their t is one less than the paper's."""
     diffusers = pytest.importorskip("diffusers")
     schedule, x_T = linear_schedule(100), torch.randn(4, 1, 8, 8)
-    way = ddpm_sample(half, schedule, 4, shape=(1, 8, 8), sigma=sigma, x_T=x_T, return_trajectory=True,
-                      generator=torch.Generator().manual_seed(7), progress=False)
+    way = ddpm_sample(
+        half,
+        schedule,
+        4,
+        shape=(1, 8, 8),
+        sigma=sigma,
+        x_T=x_T,
+        return_trajectory=True,
+        generator=torch.Generator().manual_seed(7),
+        progress=False,
+    )
     scheduler = diffusers.DDPMScheduler(variance_type=theirs, **diffusers_options(schedule))
     generator, x = torch.Generator().manual_seed(7), x_T
     for t in range(99, -1, -1):
@@ -468,15 +547,28 @@ def test_ddpm_is_diffusers_ddpm(sigma, theirs):
 def test_ddim_is_diffusers_ddim(eta):
     diffusers = pytest.importorskip("diffusers")
     schedule, x_T = linear_schedule(1000), torch.randn(4, 1, 8, 8)
-    way = ddim_sample(half, schedule, 4, 50, eta=eta, shape=(1, 8, 8), x_T=x_T, return_trajectory=True,
-                      generator=torch.Generator().manual_seed(7), progress=False)
-    scheduler = diffusers.DDIMScheduler(timestep_spacing="trailing", set_alpha_to_one=True,
-                                        **diffusers_options(schedule))
+    way = ddim_sample(
+        half,
+        schedule,
+        4,
+        50,
+        eta=eta,
+        shape=(1, 8, 8),
+        x_T=x_T,
+        return_trajectory=True,
+        generator=torch.Generator().manual_seed(7),
+        progress=False,
+    )
+    scheduler = diffusers.DDIMScheduler(
+        timestep_spacing="trailing", set_alpha_to_one=True, **diffusers_options(schedule)
+    )
     scheduler.set_timesteps(50)
     assert [int(t) + 1 for t in scheduler.timesteps] == list(range(1000, 0, -20))
     generator, x = torch.Generator().manual_seed(7), x_T
     for i, t in enumerate(scheduler.timesteps):
         if eta and i == 49:
             break  # they add noise of size 0 there or draw it anyway, by version; the end is tested above
-        x = scheduler.step(half(x, None), t, x, eta=eta, use_clipped_model_output=True, generator=generator).prev_sample
+        x = scheduler.step(
+            half(x, None), t, x, eta=eta, use_clipped_model_output=True, generator=generator
+        ).prev_sample
         torch.testing.assert_close(way[i + 1], x, rtol=0, atol=2e-4)

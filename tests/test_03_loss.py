@@ -1,11 +1,22 @@
 """From the bound to L_simple: Bayes on a grid, numerical integration, and a second derivation of Eq. 12's weight."""
+
 import math
 
 import numpy as np
 import pytest
 import torch
 
-from ddpm_utils import cosine_schedule, linear_schedule, min_snr_loss, simple_loss, v_loss
+from ddpm_utils import (
+    GaussianMixture,
+    cosine_schedule,
+    exact_noise_predictor,
+    exact_x0,
+    linear_schedule,
+    min_snr_loss,
+    simple_loss,
+    two_bumps,
+    v_loss,
+)
 
 
 def one(value):
@@ -17,7 +28,7 @@ def step(t):
 
 
 def density(x, mean, variance):
-    return np.exp(-(x - mean) ** 2 / (2 * variance)) / np.sqrt(2 * np.pi * variance)
+    return np.exp(-((x - mean) ** 2) / (2 * variance)) / np.sqrt(2 * np.pi * variance)
 
 
 def posterior(schedule, x0, xt, t):
@@ -26,21 +37,30 @@ def posterior(schedule, x0, xt, t):
 
 
 @pytest.mark.parametrize("make", [linear_schedule, cosine_schedule], ids=["linear", "cosine"])
-@pytest.mark.parametrize("T, t", [(1000, 2), (1000, 50), (1000, 500), (1000, 990), (20, 2), (20, 19), (20, 20)])
+@pytest.mark.parametrize(
+    "T, t", [(1000, 2), (1000, 50), (1000, 500), (1000, 990), (20, 2), (20, 19), (20, 20)]
+)
 def test_posterior_is_bayes_on_a_grid(make, T, t):
     """q(x_{t-1} given x_t, x_0) ∝ q(x_t given x_{t-1}) q(x_{t-1} given x_0), multiplied out on a grid."""
     schedule, x0 = make(T), 0.6
     beta, before = float(schedule.betas[t]), float(schedule.alpha_bars[t - 1])
-    xt = float(schedule.signal_scale[t] * x0 - 1.3 * schedule.noise_scale[t])  # 1.3 deviations below its mean
+    xt = float(
+        schedule.signal_scale[t] * x0 - 1.3 * schedule.noise_scale[t]
+    )  # 1.3 deviations below its mean
     mean, variance = posterior(schedule, x0, xt, t)
     spread = math.sqrt(1 - before)
-    grid = np.linspace(math.sqrt(before) * x0 - 9 * spread, math.sqrt(before) * x0 + 9 * spread, 400_001)
-    product = density(xt, math.sqrt(1 - beta) * grid, beta) * density(grid, math.sqrt(before) * x0, 1 - before)
+    grid = np.linspace(
+        math.sqrt(before) * x0 - 9 * spread, math.sqrt(before) * x0 + 9 * spread, 400_001
+    )
+    product = density(xt, math.sqrt(1 - beta) * grid, beta) * density(
+        grid, math.sqrt(before) * x0, 1 - before
+    )
     product /= product.sum()
     grid_mean = (grid * product).sum()
     grid_variance = ((grid - grid_mean) ** 2 * product).sum()
     assert mean == pytest.approx(grid_mean, abs=2e-4 * max(1, math.sqrt(variance)))
-    assert variance == pytest.approx(grid_variance, rel=2e-3)  # 1 - ᾱ_1 from float32 has three digits less
+    # 1 - ᾱ_1 from float32 has three digits less
+    assert variance == pytest.approx(grid_variance, rel=2e-3)
 
 
 def test_posterior_at_1_is_x0_itself():
@@ -50,7 +70,8 @@ def test_posterior_at_1_is_x0_itself():
 
 def test_small_and_large_variance_differ_only_at_small_t():
     schedule = linear_schedule(1000)
-    ratio = schedule.posterior_variance[1:] / schedule.betas[1:]
+    t = torch.arange(1, 1001)
+    ratio = schedule.q_posterior(torch.zeros(1000), torch.zeros(1000), t)[1] / schedule.betas[1:]
     assert float(ratio[2 - 1]) == pytest.approx(0.45, abs=0.005)
     assert float(ratio[51 - 1]) == pytest.approx(0.96, abs=0.005)
     assert (ratio[51:] > 0.96).all() and (ratio < 1).all()
@@ -59,7 +80,9 @@ def test_small_and_large_variance_differ_only_at_small_t():
 def kl_by_integration(mean1, variance1, mean2, variance2):
     reach = 12 * math.sqrt(max(variance1, variance2)) + abs(mean1 - mean2)
     x = np.linspace(mean1 - reach, mean1 + reach, 400_001)
-    log_ratio = (-(x - mean1) ** 2 / variance1 + (x - mean2) ** 2 / variance2) / 2 + math.log(variance2 / variance1) / 2
+    log_ratio = (-((x - mean1) ** 2) / variance1 + (x - mean2) ** 2 / variance2) / 2 + math.log(
+        variance2 / variance1
+    ) / 2
     return float((density(x, mean1, variance1) * log_ratio).sum() * (x[1] - x[0]))
 
 
@@ -73,7 +96,9 @@ def test_kl_term_is_the_weighted_noise_error(t, sigma):
     believed = schedule.predict_x0(xt, step(t), one(guess))
     model_mean, _ = schedule.q_posterior(believed, xt, step(t))
     mean, variance, model_mean = float(mean), float(variance), float(model_mean)
-    beta, alpha, alpha_bar = (float(a[t]) for a in (schedule.betas, schedule.alphas, schedule.alpha_bars))
+    beta, alpha, alpha_bar = (
+        float(a[t]) for a in (schedule.betas, schedule.alphas, schedule.alpha_bars)
+    )
     sigma2 = beta if sigma == "beta" else variance
 
     constant = (variance / sigma2 - 1 + math.log(sigma2 / variance)) / 2  # 0 for β̃
@@ -102,7 +127,8 @@ def test_weight_of_eq_12_is_the_halved_drop_of_snr():
         a, beta = schedule.alpha_bars.double(), schedule.betas.double()
         snr = a / (1 - a)
         for t in (2, 10, 349, 700, 990):
-            weight = beta[t] ** 2 / (2 * schedule.posterior_variance[t].double() * (1 - beta[t]) * (1 - a[t]))
+            variance = posterior(schedule, 0.0, 0.0, t)[1]
+            weight = beta[t] ** 2 / (2 * variance * (1 - beta[t]) * (1 - a[t]))
             assert float(weight) == pytest.approx(float(snr[t - 1] / snr[t] - 1) / 2, rel=5e-3)
 
 
@@ -115,7 +141,43 @@ def test_weight_of_eq_12_in_numbers():
     assert abs(int(weight.argmin()) + 1 - 349) <= 2
 
 
+# ------------------------------------------------------------------ the best guess that there is
+
+
+@pytest.mark.parametrize("signal, noise", [(0.99, 0.1), (0.8, 0.6), (0.1, 0.995)])
+def test_exact_x0_is_bayes_on_a_grid(signal, noise):
+    """E[x_0 given x] = ∫ x_0 q(x_0) N(x; signal x_0, noise²) dx_0 / q(x), summed in numpy."""
+    x = torch.tensor([-1.0, -0.2, 0.4, 1.1])
+    grid = np.linspace(-3, 3, 60_001)
+    clean = 0.35 * density(grid, -0.7, 0.12**2) + 0.65 * density(grid, 0.5, 0.18**2)
+    for value, found in zip(x.tolist(), exact_x0(two_bumps(), x, signal, noise).tolist()):
+        weights = clean * density(value, signal * grid, noise**2)
+        assert found == pytest.approx((weights * grid).sum() / weights.sum(), abs=1e-4)
+
+
+def test_the_exact_noise_is_minus_the_scaled_score():
+    """E[ε given x_t] = -√(1-ᾱ) ∇ log q(x_t), by autograd on the log density, each point at its t."""
+    mixture = GaussianMixture([0.3, 0.7], [[0.0, 1.0], [1.5, -0.5]], [0.2, 0.4])
+    schedule, t = cosine_schedule(), torch.tensor([50, 300, 600, 950])
+    x = torch.randn(4, 2).requires_grad_()
+    log_q = mixture.log_density(x, schedule.signal_scale[t], schedule.noise_scale[t])
+    score = torch.autograd.grad(log_q.sum(), x)[0]
+    expected = -schedule.noise_scale[t][:, None] * score
+    found = exact_noise_predictor(mixture, schedule)(x.detach(), t)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_the_exact_noise_of_one_gaussian_is_its_straight_line():
+    schedule = linear_schedule()
+    predict = exact_noise_predictor(GaussianMixture([1.0], [0.3], [0.2]), schedule)
+    for t in (1, 40, 500, 1000):
+        x, a = torch.randn(50), float(schedule.alpha_bars[t])
+        line = math.sqrt(1 - a) * (x - math.sqrt(a) * 0.3) / (a * 0.04 + 1 - a)
+        torch.testing.assert_close(predict(x, torch.full((50,), t)), line, rtol=1e-3, atol=1e-3)
+
+
 # ------------------------------------------------------------------ L_simple
+
 
 class Recorder:
     """A model that remembers what it was called with, and answers with a multiple of it."""
@@ -134,7 +196,7 @@ def test_simple_loss_is_the_loop(trailing):
     x0, noise, t = torch.rand(3, *trailing), torch.randn(3, *trailing), torch.tensor([1, 50, 100])
     total, count = 0.0, 0
     for b in range(3):
-        alpha_bar = math.prod(1 - float(beta) for beta in schedule.betas[1:int(t[b]) + 1])
+        alpha_bar = math.prod(1 - float(beta) for beta in schedule.betas[1 : int(t[b]) + 1])
         for x, e in zip(x0[b].flatten().tolist(), noise[b].flatten().tolist()):
             xt = math.sqrt(alpha_bar) * x + math.sqrt(1 - alpha_bar) * e
             total, count = total + (e - 0.5 * xt) ** 2, count + 1
@@ -175,7 +237,12 @@ def test_every_call_draws_anew_and_the_seed_fixes_it():
 
 def test_gradient_of_simple_loss():
     """For ε_θ = w x_t the derivative is known: d/dw mean (w x_t - ε)² = mean 2 x_t (w x_t - ε)."""
-    schedule, x0, noise, t = linear_schedule(100), torch.rand(6, 3), torch.randn(6, 3), torch.full((6,), 40)
+    schedule, x0, noise, t = (
+        linear_schedule(100),
+        torch.rand(6, 3),
+        torch.randn(6, 3),
+        torch.full((6,), 40),
+    )
     w = torch.tensor(0.3, requires_grad=True)
     simple_loss(lambda xt, t: w * xt, schedule, x0, t, noise).backward()
     xt = schedule.q_sample(x0, t, noise)
@@ -183,6 +250,7 @@ def test_gradient_of_simple_loss():
 
 
 # ------------------------------------------------------------------ the loss on v, and its weights
+
 
 @pytest.mark.parametrize("make", [linear_schedule, cosine_schedule], ids=["linear", "cosine"])
 @pytest.mark.parametrize("gamma", [None, 1, 5, 20.0])
@@ -206,12 +274,17 @@ def test_v_loss_weighs_the_error_of_x0(make, gamma):
 def test_v_loss_of_a_perfect_model_and_its_draws():
     schedule, x0 = cosine_schedule(100), torch.rand(8, 1, 4, 4) * 2 - 1
     t, noise = torch.randint(1, 101, (8,)), torch.randn(8, 1, 4, 4)
-    signal, spread = schedule.signal_scale[t].view(-1, 1, 1, 1), schedule.noise_scale[t].view(-1, 1, 1, 1)
+    signal, spread = (
+        schedule.signal_scale[t].view(-1, 1, 1, 1),
+        schedule.noise_scale[t].view(-1, 1, 1, 1),
+    )
     for loss in (v_loss, min_snr_loss):
         assert float(loss(lambda xt, t: signal * noise - spread * x0, schedule, x0, t, noise)) == 0
         seen = []
         loss(lambda xt, t: seen.append(t) or xt, schedule, torch.zeros(4000, 1))
-        assert seen[0].dtype == torch.int64 and int(seen[0].min()) == 1 and int(seen[0].max()) == 100
+        assert (
+            seen[0].dtype == torch.int64 and int(seen[0].min()) == 1 and int(seen[0].max()) == 100
+        )
 
 
 def test_gradient_of_the_weighted_loss():
@@ -221,4 +294,6 @@ def test_gradient_of_the_weighted_loss():
     loss = lambda w: min_snr_loss(lambda xt, t: w * xt, schedule, x0, t, noise)
     w = torch.tensor(0.3, requires_grad=True)
     loss(w).backward()
-    assert float(w.grad) == pytest.approx(float(loss(0.4) - loss(0.2)) / 0.2, rel=1e-3)  # a parabola: exact
+    assert float(w.grad) == pytest.approx(
+        float(loss(0.4) - loss(0.2)) / 0.2, rel=1e-3
+    )  # a parabola: exact

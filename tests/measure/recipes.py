@@ -1,13 +1,14 @@
 """The comparison behind notebook 04's table "what made it better, measured": one change a row, at equal time.
 
-    python tests/recipes.py --rates      measure, on an idle machine, how many steps each recipe does in five minutes
-    python tests/recipes.py              train each recipe for that many steps, and measure it; goes on where it stopped
-    python tests/recipes.py --table      print the results
+    python tests/measure/recipes.py --rates      measure, on an idle machine, how many steps each recipe does in five minutes
+    python tests/measure/recipes.py              train each recipe for that many steps, and measure it; goes on where it stopped
+    python tests/measure/recipes.py --table      print the results
 
 Every recipe sees Fashion-MNIST (DDPM_DATA or data/), makes 2,000 pictures by DDIM in 20 steps from the same noise, and
 gets their Fréchet distance to the training set in the shipped classifier's features. Because the steps were counted
-beforehand, the runs themselves may share the machine with other work. Results: tests/recipes.json.
+beforehand, the runs themselves may share the machine with other work. Results: tests/measure/recipes.json.
 """
+
 import argparse
 import functools
 import json
@@ -18,10 +19,11 @@ import sys
 import time
 
 HERE = pathlib.Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path.insert(0, str(HERE.parent.parent))
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
+
 import ddpm_utils as d  # noqa: E402
 
 RESULTS = HERE / "recipes.json"
@@ -29,11 +31,30 @@ MINUTES = 5
 SAMPLES = 2_000
 
 # The recipe that the others are compared with; a row below says what it changes.
-REFERENCE = {"channels": (16, 32, 64), "patch": 1, "batch_size": 64, "lr": 2e-3, "decay": True, "ema": 0.995,
-             "schedule": "cosine", "target": "v", "min_snr": None, "bf16": True, "channels_last": False, "seed": 0}
+REFERENCE = {
+    "channels": (16, 32, 64),
+    "patch": 1,
+    "batch_size": 64,
+    "lr": 2e-3,
+    "decay": True,
+    "ema": 0.995,
+    "schedule": "cosine",
+    "target": "v",
+    "min_snr": None,
+    "bf16": True,
+    "channels_last": False,
+    "seed": 0,
+}
 # Notebook 04's ten lines, with the network that a plain U-Net tutorial would take
-TEN_LINES = {"channels": (32, 64, 128), "batch_size": 128, "lr": 1e-3, "decay": False, "ema": None, "target": "noise",
-             "bf16": False}
+TEN_LINES = {
+    "channels": (32, 64, 128),
+    "batch_size": 128,
+    "lr": 1e-3,
+    "decay": False,
+    "ema": None,
+    "target": "noise",
+    "bf16": False,
+}
 RECIPES = {
     "ours": {},
     "ten lines": TEN_LINES,
@@ -47,8 +68,18 @@ RECIPES = {
     "Min-SNR weights, rate 4e-3, batch 32": {"min_snr": 5, "lr": 4e-3, "batch_size": 32},
     "Min-SNR weights, rate 4e-3, batch 16": {"min_snr": 5, "lr": 4e-3, "batch_size": 16},
     "Min-SNR weights, rate 8e-3, batch 32": {"min_snr": 5, "lr": 8e-3, "batch_size": 32},
-    "Min-SNR weights, rate 4e-3, batch 32, seed 1": {"min_snr": 5, "lr": 4e-3, "batch_size": 32, "seed": 1},
-    "Min-SNR weights, rate 4e-3, batch 32, seed 2": {"min_snr": 5, "lr": 4e-3, "batch_size": 32, "seed": 2},
+    "Min-SNR weights, rate 4e-3, batch 32, seed 1": {
+        "min_snr": 5,
+        "lr": 4e-3,
+        "batch_size": 32,
+        "seed": 1,
+    },
+    "Min-SNR weights, rate 4e-3, batch 32, seed 2": {
+        "min_snr": 5,
+        "lr": 4e-3,
+        "batch_size": 32,
+        "seed": 2,
+    },
     "Min-SNR weights with gamma 1": {"min_snr": 1},
     "Min-SNR weights with gamma 20": {"min_snr": 20},
     "float32": {"bf16": False},
@@ -81,6 +112,7 @@ def build(recipe):
 
 def loss_of(recipe):
     """The helper's losses, and that of x_0, which the series does not use."""
+
     def x0_loss(model, schedule, x0, t, noise):
         return F.mse_loss(model(schedule.q_sample(x0, t, noise), t), x0)
 
@@ -92,7 +124,10 @@ def as_noise(model, schedule, target):
     if target == "v":
         return d.NoiseFromV(model, schedule)
     if target == "x0":
-        return lambda xt, t: (xt - d.at(schedule.signal_scale, t, xt) * model(xt, t)) / d.at(schedule.noise_scale, t, xt)
+        return lambda xt, t: (
+            (xt - d.at(schedule.signal_scale, t, xt) * model(xt, t))
+            / d.at(schedule.noise_scale, t, xt)
+        )
     return model
 
 
@@ -105,9 +140,20 @@ def train(recipe, images, steps, progress=True):
     if not recipe["decay"]:
         d.learning_rate = lambda step, steps, peak, warmup: peak
     try:
-        losses = d.train(model, schedule, images, steps, recipe["batch_size"], recipe["lr"], ema=ema, warmup=100,
-                         clip=1.0 if recipe["decay"] else 1e9, seed=recipe["seed"], loss_function=loss_of(recipe),
-                         progress=progress)
+        losses = d.train(
+            model,
+            schedule,
+            images,
+            steps,
+            recipe["batch_size"],
+            recipe["lr"],
+            ema=ema,
+            warmup=100,
+            clip=1.0 if recipe["decay"] else 1e9,
+            seed=recipe["seed"],
+            loss_function=loss_of(recipe),
+            progress=progress,
+        )
     finally:
         d.amp_dtype, d.learning_rate = amp, rate
     return (ema.model if ema else model), schedule, losses
@@ -115,12 +161,15 @@ def train(recipe, images, steps, progress=True):
 
 def speed_key(recipe):
     """What decides the speed: recipes that agree in it do the same number of steps."""
-    return json.dumps([recipe[k] for k in ("channels", "patch", "batch_size", "bf16", "channels_last")]
-                      + [recipe["ema"] is not None])
+    return json.dumps(
+        [recipe[k] for k in ("channels", "patch", "batch_size", "bf16", "channels_last")]
+        + [recipe["ema"] is not None]
+    )
 
 
 def steps_in_time(recipe, images):
     """How many steps the recipe does in five minutes, from its speed beside the reference's: speeds drift, ratios less."""
+
     def speed(recipe):
         train(recipe, images, 5, progress=False)
         n = max(10, 2_000 // recipe["batch_size"])
@@ -136,13 +185,20 @@ def steps_in_time(recipe, images):
 
 def measure(model, schedule, classifier, training):
     generator = torch.Generator().manual_seed(123)
-    pictures = torch.cat([d.ddim_sample(model, schedule, 250, steps=20, generator=generator, progress=False)
-                          for _ in range(SAMPLES // 250)])
+    pictures = torch.cat(
+        [
+            d.ddim_sample(model, schedule, 250, steps=20, generator=generator, progress=False)
+            for _ in range(SAMPLES // 250)
+        ]
+    )
     features, probabilities = d.garment_features(classifier, pictures)
     counts = probabilities.argmax(dim=1).bincount(minlength=10)
-    return pictures, {"distance": round(d.frechet_distance(*d.feature_statistics(features), *training), 2),
-                      "confidence": round(float(probabilities.max(dim=1).values.mean()), 3),
-                      "rarest": round(int(counts.min()) / SAMPLES, 4), "commonest": round(int(counts.max()) / SAMPLES, 4)}
+    return pictures, {
+        "distance": round(d.frechet_distance(*d.feature_statistics(features), *training), 2),
+        "confidence": round(float(probabilities.max(dim=1).values.mean()), 3),
+        "rarest": round(int(counts.min()) / SAMPLES, 4),
+        "commonest": round(int(counts.max()) / SAMPLES, 4),
+    }
 
 
 def read():
@@ -156,16 +212,26 @@ def write(part, key, value):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rates", action="store_true")
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--only", nargs="*", help="names of recipes")
-    parser.add_argument("--pictures", type=pathlib.Path, help="a folder for a sheet of samples of each")
+    parser.add_argument(
+        "--pictures", type=pathlib.Path, help="a folder for a sheet of samples of each"
+    )
     chosen = parser.parse_args()
-    recipes = {name: {**REFERENCE, **change} for name, change in RECIPES.items() if not chosen.only or name in chosen.only}
+    recipes = {
+        name: {**REFERENCE, **change}
+        for name, change in RECIPES.items()
+        if not chosen.only or name in chosen.only
+    }
     if chosen.table:
         for name, run in sorted(read()["runs"].items(), key=lambda item: item[1]["distance"]):
-            print(f"{name:32s} {run['steps']:6d} steps   distance {run['distance']:7.2f}   confidence {run['confidence']:.3f}")
+            print(
+                f"{name:32s} {run['steps']:6d} steps   distance {run['distance']:7.2f}   confidence {run['confidence']:.3f}"
+            )
         return
     data = d.load_fashion_mnist("train")
     if data.is_stand_in:
@@ -182,13 +248,22 @@ def main():
             continue
         claim.write_text(str(os.getpid()))
         try:
-            model, schedule, losses = train(recipe, data.images, read()["rates"][key], progress=False)
-            pictures, result = measure(as_noise(model, schedule, recipe["target"]), schedule, *d.load_classifier())
-            write("runs", name, {"steps": len(losses), "loss": round(sum(losses[-100:]) / 100, 4), **result})
+            model, schedule, losses = train(
+                recipe, data.images, read()["rates"][key], progress=False
+            )
+            pictures, result = measure(
+                as_noise(model, schedule, recipe["target"]), schedule, *d.load_classifier()
+            )
+            write(
+                "runs",
+                name,
+                {"steps": len(losses), "loss": round(sum(losses[-100:]) / 100, 4), **result},
+            )
             print(name, read()["runs"][name], flush=True)
             if chosen.pictures:
-                d.show_images(pictures[:100], columns=20, scale=0.5, title=f"{name}: {result['distance']}").savefig(
-                    chosen.pictures / f"{name.replace(' ', '_').replace(',', '')}.png")
+                d.show_images(
+                    pictures[:100], columns=20, scale=0.5, title=f"{name}: {result['distance']}"
+                ).savefig(chosen.pictures / f"{name.replace(' ', '_').replace(',', '')}.png")
         finally:
             claim.unlink()
 

@@ -1,8 +1,8 @@
 """Stopped, run twice, run at once, and in awkward places: the right result or a clear sentence, and no half file.
 
-    pytest -m again tests/test_restart.py        what takes minutes: whole notebooks, and ten kills
+pytest -m again                                      what takes minutes: whole notebooks, and ten kills
 """
-import contextlib
+
 import os
 import pathlib
 import random
@@ -10,27 +10,25 @@ import shutil
 import subprocess
 import sys
 import textwrap
-import time
 
 import nbformat
 import pytest
-import torch
 from nbclient import NotebookClient
-from test_data import NAMES, everything_in, files, sender, serve  # noqa: F401 (fixtures)
-from test_training import SCHEDULE, pictures, same_weights, small_unet
+from series import ROOT, kill_a_run, run, same_weights, small_unet
 
-import ddpm_utils
-from ddpm_utils import EMA, load_checkpoint, load_fashion_mnist, train
+from ddpm_utils import EMA, load_checkpoint
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 LIGHT = ["01_schedule_and_forward_noising", "03_loss_derivation"]
 
 
 @pytest.fixture
 def checkout(tmp_path):
     """checkout(name) copies what a learner has: the helper and the notebooks with their weights."""
+
     def make(name):
-        shutil.copytree(ROOT / "notebooks", tmp_path / name / "notebooks", ignore=shutil.ignore_patterns(".*"))
+        shutil.copytree(
+            ROOT / "notebooks", tmp_path / name / "notebooks", ignore=shutil.ignore_patterns(".*")
+        )
         shutil.copy(ROOT / "ddpm_utils.py", tmp_path / name)
         return tmp_path / name
 
@@ -40,67 +38,68 @@ def checkout(tmp_path):
 def environment(**change):
     """Fashion-MNIST where this machine has it; no way to this checkout's helper."""
     data = pathlib.Path(os.environ.get("DDPM_DATA") or ROOT / "data").resolve()
-    return {**{k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "DDPM_MAINTAINER")},
-            "DDPM_DATA": str(data), **change}
+    return {
+        **{k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "DDPM_MAINTAINER")},
+        "DDPM_DATA": str(data),
+        **change,
+    }
 
 
 def python(code, folder, *before, **change):
     """Runs code in a process of its own, with folder as the working folder and the place of ddpm_utils."""
-    return subprocess.run([*before, sys.executable, "-c", textwrap.dedent(code)], cwd=folder, capture_output=True,
-                          text=True, timeout=300, env=environment(PYTHONPATH=str(folder), **change))
+    return subprocess.run(
+        [*before, sys.executable, "-c", textwrap.dedent(code)],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=environment(PYTHONPATH=str(folder), **change),
+    )
 
 
 def run_all(notebook, folder):
-    NotebookClient(notebook, timeout=1800, kernel_name="python3",
-                   resources={"metadata": {"path": str(folder)}}).execute(env=environment())
+    NotebookClient(
+        notebook, timeout=1800, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
+    ).execute(env=environment())
+
+
+def everything_in(folder):
+    return {
+        str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
+    }
 
 
 def printed(notebook):
-    return ["".join(o.text for o in cell.outputs if o.output_type == "stream") for cell in notebook.cells
-            if cell.cell_type == "code"]
+    return [
+        "".join(o.text for o in cell.outputs if o.output_type == "stream")
+        for cell in notebook.cells
+        if cell.cell_type == "code"
+    ]
 
 
 # ------------------------------------------------------------------ killed
 
-RUN = 600
-CHILD = """
-    import sys
-    sys.path[:0] = {paths!r}
-    from test_training import EMA, run, small_unet, torch
-    torch.set_num_threads(1)
-    model = small_unet()
-    run({steps}, model, ema=EMA(model, 0.9), checkpoint={file!r}, checkpoint_every=1,
-        callback=lambda step: print(step, flush=True), callback_every=1)
-"""
-
 
 @pytest.mark.again
-def test_ten_kills_at_random_moments_end_where_an_undisturbed_run_ends(tmp_path):
+def test_ten_kills_at_random_moments_end_where_an_undisturbed_run_ends(tmp_path, one_thread):
     """Saved after every step, so that most kills come while a checkpoint is being written."""
-    torch.set_num_threads(1)
-    file, moments, steps = tmp_path / "run.pt", random.Random(7), [0]
-    code = textwrap.dedent(CHILD.format(paths=[str(ROOT), str(ROOT / "tests")], file=str(file), steps=RUN))
-    for kill in [True] * 10 + [False]:
-        with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as child:
-            first = int(child.stdout.readline())
-            assert first == steps[-1] + 1  # it goes on after what the last one saved
-            if kill:
-                time.sleep(moments.uniform(0, 0.15))
-                child.kill()
-            child.stdout.read()
-            child.wait()
-            assert (child.returncode == 0) != kill
-        steps.append(load_checkpoint(file)["step"])  # whole, whenever the kill came
-    assert steps[-1] == RUN and steps[-2] < RUN
+    file, moments, steps = tmp_path / "run.pt", random.Random(7), 2000
+    done = 0
+    for _ in range(10):
+        kill_a_run(file, after=done + moments.randint(1, 9))
+        saved = load_checkpoint(file)["step"]  # whole, whenever the kill came
+        assert saved > done
+        done = saved
     model, whole = small_unet(seed=50), small_unet()
     ema, whole_ema = EMA(model, 0.9), EMA(whole, 0.9)
-    losses = train(whole, SCHEDULE, pictures(), RUN, batch_size=4, warmup=3, ema=whole_ema, progress=False)
-    saved = load_checkpoint(file, model, ema)
-    assert saved["losses"].tolist() == losses
+    _, losses = run(steps, model, ema=ema, checkpoint=file, checkpoint_every=1000)
+    _, undisturbed = run(steps, whole, ema=whole_ema)
+    assert losses == undisturbed
     assert same_weights(model, whole) and same_weights(ema.model, whole_ema.model)
 
 
 # ------------------------------------------------------------------ twice
+
 
 def sections(cells):
     """The cells from one heading of a section to the next."""
@@ -131,6 +130,7 @@ def test_cells_that_run_twice(stem, what, checkout):
 
 # ------------------------------------------------------------------ at once
 
+
 @pytest.mark.again
 def test_two_notebooks_at_once_in_one_folder(checkout):
     folder = checkout("at once") / "notebooks"
@@ -139,8 +139,16 @@ def test_two_notebooks_at_once_in_one_folder(checkout):
         from nbclient import NotebookClient
         NotebookClient(nbformat.read(sys.argv[1], as_version=4), timeout=1800, kernel_name="python3").execute()
     """
-    running = [subprocess.Popen([sys.executable, "-c", textwrap.dedent(code), f"{stem}.ipynb"], cwd=folder,
-                                stderr=subprocess.PIPE, text=True, env=environment()) for stem in LIGHT]
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(code), f"{stem}.ipynb"],
+            cwd=folder,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment(),
+        )
+        for stem in LIGHT
+    ]
     for process in running:
         error = process.communicate()[1]
         assert process.returncode == 0, error[-2000:]
@@ -152,72 +160,67 @@ def test_two_trainings_at_once_with_a_checkpoint_each(tmp_path):
     code = """
         import sys
         sys.path[:0] = [{tests!r}]
-        from test_training import EMA, run, small_unet, torch
+        from series import EMA, run, small_unet, torch
         torch.set_num_threads(1)
         model = small_unet()
         run(20, model, ema=EMA(model, 0.9), seed=int(sys.argv[1]), checkpoint=sys.argv[2], checkpoint_every=1)
     """
     code = textwrap.dedent(code.format(tests=str(ROOT / "tests")))
     runs = [("1", "one.pt"), ("2", "two.pt"), ("3", "shared.pt"), ("3", "shared.pt")]
-    started = [subprocess.Popen([sys.executable, "-c", code, *run], cwd=tmp_path, env=environment(PYTHONPATH=str(ROOT)),
-                                stderr=subprocess.PIPE, text=True) for run in runs]
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, *run],
+            cwd=tmp_path,
+            env=environment(PYTHONPATH=str(ROOT)),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for run in runs
+    ]
     for process in started:
         error = process.communicate()[1]
         assert process.returncode == 0, error[-2000:]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["one.pt", "shared.pt", "two.pt"]
-    for seed, file in runs[:3]:  # and alone, in a process of the same kind: another one may take its sums in another order
-        subprocess.run([sys.executable, "-c", code, seed, "alone.pt"], cwd=tmp_path, check=True,
-                       env=environment(PYTHONPATH=str(ROOT)))
+    # and alone, in a process of the same kind: another one may take its sums in another order
+    for seed, file in runs[:3]:
+        subprocess.run(
+            [sys.executable, "-c", code, seed, "alone.pt"],
+            cwd=tmp_path,
+            check=True,
+            env=environment(PYTHONPATH=str(ROOT)),
+        )
         model, alone = small_unet(seed=9), small_unet(seed=8)
         assert load_checkpoint(tmp_path / file, model)["step"] == 20
-        assert load_checkpoint(tmp_path / "alone.pt", alone)["step"] == 20 and same_weights(model, alone)
+        assert load_checkpoint(tmp_path / "alone.pt", alone)["step"] == 20 and same_weights(
+            model, alone
+        )
         (tmp_path / "alone.pt").unlink()
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_two_that_download_at_once(files, serve, tmp_path, monkeypatch):  # noqa: F811
-    monkeypatch.delenv("DDPM_DATA", raising=False)
-    together = []
-
-    def answer(request):
-        together.append(request.path)
-        deadline = time.monotonic() + 10
-        while len(together) < 2 and time.monotonic() < deadline:  # nobody is answered before both have asked
-            time.sleep(0.01)
-        sender(files)(request)
-
-    serve(answer)
-    children = []
-    for _ in range(2):
-        child = os.fork()
-        if child == 0:
-            code = 1
-            with contextlib.suppress(BaseException):
-                code = 0 if load_fashion_mnist("train", tmp_path / "data").source == "Fashion-MNIST" else 2
-            os._exit(code)
-        children.append(child)
-    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0]
-    assert len([path for path in together if path.endswith("train-images-idx3-ubyte.gz")]) >= 2
-    assert everything_in(tmp_path / "data") == {f"FashionMNIST/raw/{name}": files[name] for name in NAMES}
-    assert not list((tmp_path / "data").glob(".download*"))
 
 
 # ------------------------------------------------------------------ awkward places
 
+
 def mounted(how, folder):
     """The words before a command that runs it in a namespace of its own where folder is mounted in that way."""
-    mount = {"read-only": 'mount --bind "$0" "$0" && mount -o remount,bind,ro "$0"',
-             "full": 'mount -t tmpfs -o size=64k none "$0"'}[how]
+    mount = {
+        "read-only": 'mount --bind "$0" "$0" && mount -o remount,bind,ro "$0"',
+        "full": 'mount -t tmpfs -o size=64k none "$0"',
+    }[how]
     words = ["unshare", "-rm", "sh", "-c", f'{mount} && cd "$0" && exec "$@"', str(folder)]
-    if not shutil.which("unshare") or subprocess.run([*words, "true"], capture_output=True).returncode:
+    if (
+        not shutil.which("unshare")
+        or subprocess.run([*words, "true"], capture_output=True).returncode
+    ):
         pytest.skip("this system lets nobody mount (unshare)")
     return words
 
 
-def test_a_read_only_checkout_and_a_home_without_write_permission(checkout):
+def test_a_read_only_checkout(checkout, tmp_path):
+    (tmp_path / "home").mkdir()
     folder = checkout("read-only")
     before = everything_in(folder)
-    done = python("""
+    done = python(
+        """
         import pathlib, torch
         import ddpm_utils as d
         d.set_up()
@@ -235,10 +238,15 @@ def test_a_read_only_checkout_and_a_home_without_write_permission(checkout):
             d.save_checkpoint("run.pt", model, schedule)
         except OSError as error:
             print(error)
-    """, folder, *mounted("read-only", folder), HOME=str(folder), MPLCONFIGDIR=str(folder / "config"), DDPM_DATA="")
+    """,
+        folder,
+        *mounted("read-only", folder),
+        HOME=str(tmp_path / "home"),
+        DDPM_DATA="",
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert "nothing can be written here" in done.stdout
-    assert "can't be had here" in done.stdout and "source: stand-in" in done.stdout
+    assert "not available here" in done.stdout and "source: stand-in" in done.stdout
     assert "picture: True True" in done.stdout
     assert "run.pt could not be written" in done.stdout and "Read-only" in done.stdout
     assert "Traceback" not in done.stderr
@@ -246,7 +254,7 @@ def test_a_read_only_checkout_and_a_home_without_write_permission(checkout):
 
 
 @pytest.mark.again
-def test_a_notebook_in_a_read_only_checkout(checkout):
+def test_a_notebook_in_a_read_only_checkout(checkout, tmp_path):
     folder = checkout("read-only")
     code = f"""
         import nbformat
@@ -254,23 +262,38 @@ def test_a_notebook_in_a_read_only_checkout(checkout):
         NotebookClient(nbformat.read("notebooks/{LIGHT[0]}.ipynb", as_version=4), timeout=1800, kernel_name="python3",
                        resources={{"metadata": {{"path": "notebooks"}}}}).execute()
     """
-    done = python(code, folder, *mounted("read-only", folder), HOME=str(folder))
+    (tmp_path / "home").mkdir()
+    done = python(code, folder, *mounted("read-only", folder), HOME=str(tmp_path / "home"))
     assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_a_path_with_spaces_and_accents(checkout):
     folder = checkout("mes leçons d'été %20 #1")
     shutil.copytree(folder, folder / "data")  # something is there
-    done = subprocess.run([sys.executable, "ddpm_utils.py"], cwd=folder, env=environment(), capture_output=True, text=True,
-                          timeout=120)
-    assert done.stdout.splitlines()[-1] == "ready" or "Fashion-MNIST" in done.stdout and "weights" not in done.stdout
-    done = python("""
+    done = subprocess.run(
+        [sys.executable, "ddpm_utils.py"],
+        cwd=folder,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (
+        done.stdout.splitlines()[-1] == "ready"
+        or "Fashion-MNIST" in done.stdout
+        and "weights" not in done.stdout
+    )
+    done = python(
+        """
         import ddpm_utils as d
         model, schedule = d.load_pretrained()
         d.save_checkpoint(d.output_path("modèle n° 1.pt"), model, schedule)
         d.save_gif(d.load_fashion_mnist("test").images[:3], d.output_path("été.gif"))
         print(sorted(p.name for p in (d.HERE / "outputs").iterdir()) == ["modèle n° 1.pt", "été.gif"])
-    """, folder, PYTHONIOENCODING="utf-8")
+    """,
+        folder,
+        PYTHONIOENCODING="utf-8",
+    )
     assert done.returncode == 0 and done.stdout.splitlines()[-1] == "True", done.stderr[-2000:]
 
 
@@ -284,7 +307,8 @@ def test_a_disk_that_is_truly_full(checkout, tmp_path):
     folder = checkout("room")
     small = tmp_path / "small disk"
     small.mkdir()
-    done = python("""
+    done = python(
+        """
         import os, torch
         import ddpm_utils as d
         small = os.environ["SMALL"]
@@ -299,7 +323,11 @@ def test_a_disk_that_is_truly_full(checkout, tmp_path):
             except OSError as error:
                 print(error)
         print(open(path, "rb").read() == before, os.listdir(small))
-    """, folder, *mounted("full", small), SMALL=str(small))
+    """,
+        folder,
+        *mounted("full", small),
+        SMALL=str(small),
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     said = done.stdout.splitlines()
     assert "a.pt could not be written" in said[0] and "a.gif could not be written" in said[1]

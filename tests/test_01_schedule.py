@@ -1,11 +1,19 @@
 """The forward process: the arrays of a schedule and the three formulas that use them, against the chain itself."""
+
 import math
 
 import numpy as np
 import pytest
 import torch
 
-from ddpm_utils import NoiseSchedule, at, cosine_schedule, linear_schedule
+from ddpm_utils import (
+    GaussianMixture,
+    NoiseSchedule,
+    at,
+    cosine_schedule,
+    linear_schedule,
+    two_bumps,
+)
 
 SCHEDULES = [linear_schedule, cosine_schedule]
 each_schedule = pytest.mark.parametrize("make", SCHEDULES, ids=["linear", "cosine"])
@@ -35,14 +43,14 @@ def test_a_short_chain_with_the_betas_of_a_long_one_keeps_signal():
 @pytest.mark.parametrize("T", [10, 1000])
 def test_form_of_the_arrays(make, T):
     schedule = make(T)
-    for name in ("betas", "alphas", "alpha_bars", "signal_scale", "noise_scale", "posterior_variance"):
+    for name in ("betas", "alphas", "alpha_bars", "signal_scale", "noise_scale"):
         values = getattr(schedule, name)
         assert values.shape == (T + 1,) and values.dtype == torch.float32, name
         assert torch.isfinite(values).all(), name
     # entry 0 is the clean picture
     assert schedule.betas[0] == 0 and schedule.alphas[0] == 1 and schedule.alpha_bars[0] == 1
-    assert schedule.noise_scale[0] == 0 and schedule.posterior_variance[0] == 0
-    assert schedule.posterior_variance[1] == 0
+    assert schedule.noise_scale[0] == 0
+    assert schedule.q_posterior(torch.ones(1), torch.ones(1), steps(1))[1] == 0
     assert (schedule.betas[1:] > 0).all() and float(schedule.betas.max()) <= 0.999 + 1e-7
     assert (schedule.alpha_bars.diff() < 0).all()
 
@@ -78,7 +86,8 @@ def test_closed_form_is_the_iterated_chain_exactly(make, T):
     for t in range(1, T + 1):
         beta = float(schedule.betas[t])
         factor, variance = math.sqrt(1 - beta) * factor, (1 - beta) * variance + beta
-        # float32 β leave a relative error of about 1e-7 a step in the factor, more where 1 - β is small
+        # float32 β leave a relative error of about 1e-7 a step in the factor,
+        # more where 1 - β is small
         assert float(schedule.signal_scale[t]) == pytest.approx(factor, rel=5e-4), t
         assert float(schedule.noise_scale[t]) ** 2 == pytest.approx(variance, rel=5e-5), t
 
@@ -92,7 +101,10 @@ def test_closed_form_is_the_iterated_chain_by_monte_carlo():
         chain = (1 - beta).sqrt() * chain + beta.sqrt() * torch.randn(n)
     at_once = schedule.q_sample(torch.full((n,), start), torch.full((n,), 20), torch.randn(n))
     for x in (chain, at_once):
-        mean, variance = start * math.sqrt(schedule.alpha_bars[20]), 1 - float(schedule.alpha_bars[20])
+        mean, variance = (
+            start * math.sqrt(schedule.alpha_bars[20]),
+            1 - float(schedule.alpha_bars[20]),
+        )
         assert abs(float(x.mean()) - mean) < 5 * math.sqrt(variance / n)
         assert abs(float(x.var()) - variance) < 5 * variance * math.sqrt(2 / n)
 
@@ -125,7 +137,8 @@ def test_predict_x0_undoes_q_sample(make):
     x0, noise = torch.rand(5, 1, 8, 8) * 2 - 1, torch.randn(5, 1, 8, 8)
     back = schedule.predict_x0(schedule.q_sample(x0, t, noise), t, noise)
     error = (back - x0).flatten(1).abs().amax(dim=1)
-    assert (error < 1e-5 / schedule.signal_scale[t]).all()  # float32's rounding, divided by the signal's scale
+    # float32's rounding, divided by the signal's scale
+    assert (error < 1e-5 / schedule.signal_scale[t]).all()
 
 
 def test_snr():
@@ -157,3 +170,51 @@ def test_at_picks_and_reshapes():
     picked = at(values, steps(4, 2), torch.zeros(2, 3, 4))
     assert picked.shape == (2, 1, 1) and picked.flatten().tolist() == [4, 2]
     assert at(values, steps(3), torch.zeros(1)).shape == (1,)
+
+
+# ------------------------------------------------------------------ the mixture
+
+PLANE = ([0.3, 0.7], [[0.0, 1.0], [1.5, -0.5]], [0.2, 0.4])
+
+
+@pytest.mark.parametrize("signal, noise", [(1.0, 0.0), (0.8, 0.6), (0.1, 0.995)])
+def test_the_noised_mixture_is_the_convolution_of_the_clean_one(signal, noise):
+    """q(x) = the sum over x_0 of q(x_0) N(x; signal x_0, noise²), on a grid, in numpy."""
+    x = torch.tensor([-1.0, -0.2, 0.4, 1.1])
+    grid = np.linspace(-3, 3, 60_001)
+    clean = sum(
+        w / (s * math.sqrt(2 * math.pi)) * np.exp(-((grid - m) ** 2) / (2 * s**2))
+        for w, m, s in ((0.35, -0.7, 0.12), (0.65, 0.5, 0.18))
+    )
+    for value, found in zip(x.tolist(), two_bumps().log_density(x, signal, noise).exp().tolist()):
+        if noise == 0:
+            expected = np.interp(value, grid, clean)
+        else:
+            kernel = np.exp(-((value - signal * grid) ** 2) / (2 * noise**2))
+            expected = (clean * kernel).sum() * 1e-4 / (noise * math.sqrt(2 * math.pi))
+        assert found == pytest.approx(expected, rel=1e-4)
+
+
+def test_density_in_the_plane_integrates_to_one():
+    side = torch.linspace(-6, 6, 601)
+    density = GaussianMixture(*PLANE).log_density(torch.cartesian_prod(side, side), 0.7, 0.7).exp()
+    assert float(density.sum() * 0.02**2) == pytest.approx(1, abs=1e-4)
+
+
+def test_a_batch_may_have_a_noise_level_of_its_own_for_each_point():
+    mixture, x = GaussianMixture(*PLANE), torch.randn(3, 2)
+    signal, noise = torch.tensor([0.9, 0.5, 0.2]), torch.tensor([0.3, 0.8, 1.0])
+    together = mixture.log_density(x, signal, noise)
+    for i in range(3):
+        alone = mixture.log_density(x[i : i + 1], float(signal[i]), float(noise[i]))
+        assert float(together[i]) == pytest.approx(float(alone), abs=1e-5)
+
+
+def test_samples_have_the_shares_and_spreads_of_the_bumps():
+    n = 40_000
+    x = two_bumps().sample(n, torch.Generator().manual_seed(1))
+    left = x < -0.15  # the bumps hardly overlap
+    assert x.shape == (n,) and abs(float(left.float().mean()) - 0.35) < 5 * math.sqrt(0.23 / n)
+    assert float(x[left].mean()) == pytest.approx(-0.7, abs=0.006)
+    assert float(x[~left].std()) == pytest.approx(0.18, abs=0.006)
+    assert GaussianMixture(*PLANE).sample(5).shape == (5, 2)

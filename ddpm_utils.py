@@ -12,17 +12,15 @@ import copy
 import dataclasses
 import functools
 import hashlib
+import importlib.metadata
 import math
 import os
 import pathlib
-import pickle
 import random
-import shutil
 import socket
 import sys
 import tempfile
-import zipfile
-import zlib
+from zlib import crc32
 
 try:
     import matplotlib.pyplot as plt
@@ -30,8 +28,11 @@ try:
     import torch
     import torch.nn.functional as F
     import torchvision
+    from packaging.version import Version
     from PIL import Image, ImageDraw, ImageOps
     from torch import nn
+    from torchvision.datasets.utils import check_integrity, download_and_extract_archive
+    from torchvision.transforms import functional as TF
     from tqdm import tqdm
 except ImportError as error:
     if __name__ != "__main__":
@@ -632,8 +633,7 @@ def progress_bar(items, desc, show=True, **options):
 
     Plain text rather than a widget: it looks the same in JupyterLab, in Colab and in a saved page.
     """
-    return tqdm(items, desc=desc, file=sys.stdout, disable=not show, ncols=100, mininterval=0.3,
-                **options)
+    return tqdm(items, desc, file=sys.stdout, disable=not show, ncols=100, **options)
 
 
 def output_path(name):
@@ -648,33 +648,32 @@ def output_path(name):
 
 
 @contextlib.contextmanager
-def _time_limit():
-    """Around a download: torch and torchvision set no time limit of their own."""
+def _aside(folder):
+    """A new folder inside folder, gone afterwards: what is downloaded or written there is moved to
+    its place when it is whole. A server that sends nothing is given up, which torch's downloads
+    don't do by themselves."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(WAIT)
     try:
-        yield
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".new-", dir=folder) as room:
+            yield pathlib.Path(room)
     finally:
         socket.setdefaulttimeout(before)
 
 
 def _write_whole(path, write):
-    """The file is there whole or not at all: written under another name, then renamed."""
+    """The file is there whole or not at all: written aside, then moved."""
     path = pathlib.Path(path).expanduser().resolve()  # a symbolic link stays a link
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
+        with _aside(path.parent) as room:
+            with open(room / path.name, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(file.name, path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-        raise OSError(f"{path.name} could not be written ({error}); "
-                      "what was there before is untouched") from error
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink()
+        raise OSError(f"{path.name} could not be written ({error}); the old one stays") from error
 
 
 # --- data
@@ -715,28 +714,8 @@ def _data_folder(root=None):
 
 def _bad_files(folder):
     """The names of Fashion-MNIST's four unpacked files that are missing or damaged."""
-    paths = {name: folder / "FashionMNIST" / "raw" / name for name in MD5}
-    return [name for name, path in paths.items()
-            if not path.is_file() or hashlib.md5(path.read_bytes()).hexdigest() != MD5[name]]
-
-
-def _not_available(what, error):
-    print(f"{what} is not available here ({type(error).__name__}: "
-          f"{' '.join(str(error).split())[:120]}): using a drawn stand-in.")
-
-
-def _download_fashion_mnist(folder):
-    """Downloads into a folder of its own first, so that nobody finds half a file."""
-    require(os.environ.get("DDPM_DOWNLOAD") != "0", "DDPM_DOWNLOAD=0 forbids downloads")
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".download-", dir=folder) as room, _time_limit():
-        torchvision.datasets.FashionMNIST(room, download=True)
-        bad = _bad_files(pathlib.Path(room))
-        require(not bad, f"what came is not Fashion-MNIST: {bad}")
-        target = folder / "FashionMNIST" / "raw"
-        target.mkdir(parents=True, exist_ok=True)
-        for name in MD5:
-            os.replace(pathlib.Path(room, "FashionMNIST", "raw", name), target / name)
+    raw = folder / "FashionMNIST" / "raw"
+    return [name for name, md5 in MD5.items() if not check_integrity(raw / name, md5)]
 
 
 def load_fashion_mnist(split="train", root=None):
@@ -752,30 +731,31 @@ def load_fashion_mnist(split="train", root=None):
     """
     require(split in ("train", "test"), f'split must be "train" or "test"; got {split!r}')
     folder = _data_folder(root)
-    bad, new = _bad_files(folder), not folder.exists()
+    bad, raw = _bad_files(folder), pathlib.Path("FashionMNIST", "raw")
     if bad:
         print(f"missing or damaged: {', '.join(bad)}; downloading Fashion-MNIST (30 MB) ...")
         try:
-            _download_fashion_mnist(folder)
+            require(os.environ.get("DDPM_DOWNLOAD") != "0", "DDPM_DOWNLOAD=0 forbids downloads")
+            with _aside(folder) as room:
+                torchvision.datasets.FashionMNIST(room, download=True)
+                require(not _bad_files(room), "what came is not Fashion-MNIST")
+                (folder / raw).mkdir(parents=True, exist_ok=True)
+                for name in MD5:
+                    os.replace(room / raw / name, folder / raw / name)
         except Exception as error:  # no network, no room, a login page: the lesson goes on
-            _not_available("Fashion-MNIST", error)
-            if new:
-                shutil.rmtree(folder, ignore_errors=True)
+            print(f"Fashion-MNIST is not available: using a drawn stand-in ({error!r:.150})")
             return _draw_stand_in(split)
     data = torchvision.datasets.FashionMNIST(folder, train=split == "train", download=False)
-    return ImageSet(data.data[:, None].contiguous(), data.targets.long(), list(CLASSES),
-                    "Fashion-MNIST")
+    return ImageSet(data.data[:, None], data.targets, CLASSES, "Fashion-MNIST")
 
 
-# The stand-in's outlines: x and y, in hundredths of a box.
-TOP = "24,10 40,8 60,8 76,10 {0},{1} 84,{2} 73,32 76,95 24,95 27,32 16,{2} {3},{1}"
-OUTLINES = [TOP.format(98, 32, 40, 2), "30,4 70,4 76,96 57,96 50,30 43,96 24,96",
-            TOP.format(96, 78, 84, 4), "42,4 58,4 60,40 78,96 22,96 40,40",
-            TOP.format(99, 88, 92, 1),
-            "5,72 30,60 45,66 62,45 92,30 95,70 95,78 5,80", TOP.format(95, 58, 64, 5),
-            "3,68 30,55 50,40 62,46 92,42 97,75 3,78",
-            "10,90 14,40 32,38 36,14 64,14 68,38 86,40 90,90",
-            "5,78 10,66 40,55 45,12 85,12 90,90 5,90"]
+# The stand-in's outlines: each corner's x and y, two digits each, in hundredths of a box
+TOP = "2410 4008 6008 7610 {0}{1} 84{2} 7332 7695 2495 2732 16{2} {3}{1}"
+OUTLINES = [TOP.format(98, 32, 40, "02"), "3004 7004 7696 5796 5030 4396 2496",
+            TOP.format(96, 78, 84, "04"), "4204 5804 6040 7896 2296 4040",
+            TOP.format(99, 88, 92, "01"), "0572 3060 4566 6245 9230 9570 9578 0580",
+            TOP.format(95, 58, 64, "05"), "0368 3055 5040 6246 9242 9775 0378",
+            "1090 1440 3238 3614 6414 6838 8640 9090", "0578 1066 4055 4512 8512 9090 0590"]
 
 
 def _draw_stand_in(split):
@@ -784,18 +764,16 @@ def _draw_stand_in(split):
     images, labels = torch.zeros(n, 1, 28, 28, dtype=torch.uint8), torch.arange(n) % 10
     for image, kind in zip(images, labels.tolist()):
         big = Image.new("L", (56, 56))                  # drawn at twice the size, for soft edges
-        wide, high, x, y = r.uniform(38, 54), r.uniform(42, 56), r.uniform(-2, 2), r.uniform(-2, 2)
-        points = [(float(a) / 100, float(b) / 100)
-                  for a, b in (pair.split(",") for pair in OUTLINES[kind].split())]
-        points = [(28 + x + (a - 0.5) * wide, 28 + y + (b - 0.5) * high) for a, b in points]
+        w, h, x, y = r.uniform(38, 54), r.uniform(42, 56), r.uniform(-2, 2), r.uniform(-2, 2)
+        points = [(28 + x + (int(p[:2]) / 100 - 0.5) * w, 28 + y + (int(p[2:]) / 100 - 0.5) * h)
+                  for p in OUTLINES[kind].split()]
         shade = r.randint(90, 255)
         ImageDraw.Draw(big).polygon(points, fill=shade)
         if kind in (4, 6):                              # a coat's and a shirt's front
             ImageDraw.Draw(big).line([(28 + x, 12), (28 + x, 50)], fill=shade // 3, width=2)
         image[0] = torch.from_numpy(np.array(big.reduce(2)))
     order = torch.from_numpy(np.random.default_rng(0).permutation(n))
-    return ImageSet(images[order], labels[order], list(CLASSES),
-                    "stand-in, drawn by code (not Fashion-MNIST)")
+    return ImageSet(images[order], labels[order], CLASSES, "stand-in, drawn by code")
 
 
 def load_images(folder, side, crop=True, grey=None, background=255):
@@ -808,9 +786,8 @@ def load_images(folder, side, crop=True, grey=None, background=255):
     transparent parts. grey: True or False, or None for grey only where all files are. A phone's
     rotation mark is honoured, 16-bit grey is scaled to 8. ValueError where there are no images.
     """
-    folder = pathlib.Path(folder).expanduser()
-    endings = (*torchvision.datasets.folder.IMG_EXTENSIONS, ".gif")
-    images, names, left_out = [], [], []
+    folder = pathlib.Path(folder).expanduser().resolve()
+    images, names, left_out, endings = [], [], [], Image.registered_extensions()
     for path in sorted(folder.rglob("*")):
         inside = path.relative_to(folder).parts
         if path.suffix.lower() not in endings or any(part.startswith(".") for part in inside):
@@ -819,30 +796,23 @@ def load_images(folder, side, crop=True, grey=None, background=255):
             with Image.open(path) as file:
                 require(getattr(file, "n_frames", 1) == 1, "animated")
                 image = ImageOps.exif_transpose(file)
-            if image.mode.startswith("I"):
+            if image.mode.startswith("I"):  # 16-bit grey
                 image = Image.fromarray((np.array(image) / 257).clip(0, 255).astype(np.uint8))
-            if "A" in image.getbands() or "transparency" in image.info:
-                image = image.convert("RGBA")
-                base = Image.new("RGBA", image.size, (background, background, background, 255))
-                image = Image.alpha_composite(base, image)
-            image = image.convert("RGB")
-            image = (ImageOps.fit(image, (side, side)) if crop else
-                     ImageOps.pad(image, (side, side), color=(background,) * 3))
-            images.append(torch.from_numpy(np.array(image)).permute(2, 0, 1))
-            names.append(inside[0] if len(inside) > 1 else folder.resolve().name)
+            image, size = image.convert("RGBA"), (side, side)
+            image = ImageOps.fit(image, size) if crop else ImageOps.pad(image, size, color=0)
+            base = Image.new("RGBA", size, (background, background, background, 255))
+            images.append(TF.pil_to_tensor(Image.alpha_composite(base, image).convert("RGB")))
+            names.append(inside[0] if len(inside) > 1 else folder.name)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             left_out.append(f"{path.name} ({error})")
     if left_out:
         print(f"{len(left_out)} files left out: {', '.join(left_out)[:300]}")
     require(images, f"there are no images to read in {folder}")
-    classes = sorted(set(names))
     images = torch.stack(images)                                            # (N, 3, side, side)
-    no_colour = bool((images == images[:, :1]).all())
-    if grey or grey is None and no_colour:
-        images = (images[:, :1] if no_colour else
-                  torchvision.transforms.functional.rgb_to_grayscale(images)).contiguous()
-    labels = torch.tensor([classes.index(name) for name in names])
-    return ImageSet(images, labels, classes, f"{folder.resolve().name}/")
+    if grey or grey is None and bool((images == images[:, :1]).all()):
+        images = TF.rgb_to_grayscale(images.float()).round().to(torch.uint8)
+    classes, labels = np.unique(names, return_inverse=True)
+    return ImageSet(images, torch.from_numpy(labels), classes.tolist(), folder.name)
 
 
 def load_flowers(side=128):
@@ -856,21 +826,16 @@ def load_flowers(side=128):
         if not (folder / "flower_photos").is_dir():
             require(os.environ.get("DDPM_DOWNLOAD") != "0", "DDPM_DOWNLOAD=0 forbids downloads")
             print("flower_photos is not here: downloading 218 MiB ...")
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(prefix=".new-", dir=folder) as room, _time_limit():
-                torchvision.datasets.utils.download_and_extract_archive(
-                    FLOWERS, room, md5=FLOWERS_MD5)
-                os.replace(pathlib.Path(room, "flower_photos"), folder / "flower_photos")
-        flowers = load_images(folder / "flower_photos", side, grey=False)
-        flowers.source = "flower_photos"
-        return flowers
+            with _aside(folder) as room:
+                download_and_extract_archive(FLOWERS, room, md5=FLOWERS_MD5)
+                os.replace(room / "flower_photos", folder / "flower_photos")
+        return load_images(folder / "flower_photos", side, grey=False)
     except Exception as error:
-        _not_available("flower_photos", error)
+        print(f"flower_photos is not available: using a drawn stand-in ({error!r:.150})")
     drawn = _draw_stand_in("test")
     tints = torch.rand(len(drawn), 3, 1, 1, generator=torch.Generator().manual_seed(0))
-    images = F.interpolate(drawn.images.float(), size=(side, side), mode="bilinear")
-    images = (images * tints + 60 * (1 - tints)).to(torch.uint8)
-    return ImageSet(images, drawn.labels, drawn.classes, "stand-in, drawn by code (not flowers)")
+    drawn.images = (TF.resize(drawn.images, [side]) * tints + 60 * (1 - tints)).to(torch.uint8)
+    return drawn
 
 
 def to_model_range(u8):
@@ -900,32 +865,25 @@ def show_images(images, titles=None, columns=None, rows=None, title=None, scale=
     """
     require(images.dim() == 4 and images.shape[1] in (1, 3) and len(images) > 0,
             f"images must be (N, 1, H, W) or (N, 3, H, W); got {tuple(images.shape)}")
-    u8 = (images if images.dtype == torch.uint8 else to_uint8(images)).cpu()
+    u8 = (images if images.dtype == torch.uint8 else to_uint8(images)).cpu().expand(-1, 3, -1, -1)
     columns = columns or min(len(u8), 10)
     lines = math.ceil(len(u8) / columns)
     require(titles is None or len(titles) == len(u8), "titles must hold one text per image")
     require(rows is None or len(rows) == lines, f"rows must hold {lines} names, one per row")
+    cells, pictures, texts, high = (lines, columns), u8, titles, lines * (scale + 0.35)
     if titles is None:  # one picture of the whole grid: much faster than an axis for each
         grid = torchvision.utils.make_grid(u8, nrow=columns, padding=1, pad_value=128)
-        size = (columns * scale, lines * scale + (0.4 if title else 0))
-        figure, axis = plt.subplots(figsize=size)
-        axis.imshow(grid.permute(1, 2, 0).numpy(), vmin=0, vmax=255)
-        axis.set(title=title or "", xticks=[], yticks=[], frame_on=False)
-        if rows is not None:
-            high = u8.shape[2] + 1
-            axis.set_yticks([high * (i + 0.5) for i in range(lines)], rows, fontsize=12)
-            axis.tick_params(left=False)
-    else:
-        size = (columns * scale, lines * (scale + 0.35))
-        figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False)
-        for axis in axes.flat:
-            axis.set(xticks=[], yticks=[], frame_on=False)
-        for axis, image, text in zip(axes.flat, u8, titles):
-            axis.imshow(image.permute(1, 2, 0).numpy(), vmin=0, vmax=255)
-            axis.set_title(text, fontsize=11)
-        for axis, name in zip(axes[:, 0], rows or []):
-            axis.set_ylabel(name, fontsize=12, rotation=0, ha="right", va="center")
-        figure.suptitle(title or "")
+        cells, pictures, texts, high = (1, 1), [grid], [title], lines * scale + 0.4 * bool(title)
+    figure, axes = plt.subplots(*cells, figsize=(columns * scale, high), squeeze=False,
+                                subplot_kw={"xticks": [], "yticks": [], "frame_on": False})
+    for axis, picture, text in zip(axes.flat, pictures, texts):
+        axis.imshow(picture.permute(1, 2, 0).numpy())
+        axis.set_title(text, fontsize=13 if titles is None else 11)
+    for i, name in enumerate(rows or []):
+        axis, y = axes[i % len(axes), 0], (i // len(axes) + 0.5) * (u8.shape[2] + 1)
+        axis.annotate(name, (0, y), (-5, 0), "data", "offset points", ha="right", va="center")
+    if title and titles is not None:
+        figure.suptitle(title)
     figure.tight_layout()
     return figure
 
@@ -940,12 +898,10 @@ def save_gif(frames, path, milliseconds=60, hold=2000, enlarge=1):
     require(frames.dim() == 3 or frames.dim() == 4 and frames.shape[1] in (1, 3),
             f"frames must be (F, H, W), (F, 1, H, W) or (F, 3, H, W); got {tuple(frames.shape)}")
     u8 = (frames if frames.dtype == torch.uint8 else to_uint8(frames)).cpu()
-    u8 = u8[:, None] if u8.dim() == 3 else u8
-    u8 = u8.repeat_interleave(enlarge, 2).repeat_interleave(enlarge, 3)
-    pictures = [torchvision.transforms.functional.to_pil_image(frame) for frame in u8]
-    durations = [milliseconds] * (len(pictures) - 1) + [hold]
-    _write_whole(path, lambda file: pictures[0].save(
-        file, format="GIF", save_all=True, append_images=pictures[1:], duration=durations, loop=0))
+    u8 = F.interpolate(u8.reshape(len(u8), -1, *u8.shape[-2:]), scale_factor=enlarge)
+    first, *rest = [TF.to_pil_image(frame) for frame in u8]
+    _write_whole(path, lambda f: first.save(f, "GIF", loop=0, save_all=True, append_images=rest,
+                                            duration=[milliseconds] * len(rest) + [hold]))
     return pathlib.Path(path)
 
 
@@ -969,8 +925,7 @@ def drop_labels(y, drop, none, generator=None):
 
     Ho & Salimans 2022 (arXiv 2207.12598), Algorithm 1.
     """
-    forget = torch.rand(y.shape, device=y.device, generator=generator) < drop
-    return torch.where(forget, none, y)
+    return torch.where(torch.rand(y.shape, device=y.device, generator=generator) < drop, none, y)
 
 
 def train(model, schedule, images, steps, batch_size=64, lr=1e-3, ema=None, warmup=None, clip=1.0,
@@ -984,8 +939,9 @@ def train(model, schedule, images, steps, batch_size=64, lr=1e-3, ema=None, warm
     or min_snr_loss for one that predicts v. labels: int64 (N,), for a UNet with classes; each is
     dropped with probability drop. checkpoint: a file; the run is saved there every checkpoint_every
     steps; an unfinished run found there is continued, to the same numbers as an undisturbed one,
-    and a finished one is loaded. callback(step): called every callback_every steps. Interrupting
-    (the stop button) keeps model, ema and history usable.
+    and a finished one is loaded (to train its network further: load_network, and another file).
+    callback(step): called every callback_every steps. Interrupting (the stop button) keeps model,
+    ema and history usable.
 
     Returns the losses so far, a list of floats. FloatingPointError if the loss stops being a
     number: the last good checkpoint is kept. ValueError for images that are not uint8, and for a
@@ -994,79 +950,63 @@ def train(model, schedule, images, steps, batch_size=64, lr=1e-3, ema=None, warm
     require(images.dtype == torch.uint8 and images.dim() == 4 and len(images) > 0,
             f"images must be uint8 (N, C, H, W); got {images.dtype} {tuple(images.shape)}")
     require(ema is None or hasattr(ema, "updates"), f"ema must be EMA(model); got {ema!r:.40}")
-    require(callable(loss_function), "loss_function must be a function such as v_loss; "
-                                     f"got {loss_function!r:.40}")
+    require(callable(loss_function), f"loss_function must be as v_loss; got {loss_function!r:.40}")
     inner = getattr(loss_function, "func", loss_function)  # of functools.partial(v_loss, gamma=5)
-    target = getattr(inner, "target", "noise")
-    require(getattr(model, "target", None) in (None, target),
-            f"this network predicts {getattr(model, 'target', None)}, and the loss is that of "
-            f"{target}: give another loss_function, or set model.target = None to change it")
-    model.target = target
+    target, classes = getattr(inner, "target", "noise"), getattr(model, "classes", 0)
+    model.target = getattr(model, "target", None) or target
+    require(model.target == target, f"this network predicts {model.target}, the loss {target}: "
+                                    "take another, or set model.target = None to change it")
     if ema is not None:
         ema.model.target = target
-    if labels is not None:
-        classes = getattr(model, "classes", 0)
-        require(labels.dtype == torch.int64 and labels.shape == (len(images),)
-                and 0 <= int(labels.min()) and int(labels.max()) < classes,
-                f"labels must be int64, one per image, from 0 to {classes - 1} for a network "
-                f"with {classes} classes")
+    require(labels is None or labels.dtype == torch.int64 and labels.shape == (len(images),)
+            and 0 <= int(labels.min()) and int(labels.max()) < classes,
+            f"labels must be int64, one per image, from 0 to {classes - 1}, the network's classes")
     steps, batch_size, lr, clip = int(steps), int(batch_size), float(lr), float(clip)
     warmup = min(200, steps // 10) if warmup is None else int(warmup)
-    device = next(model.parameters()).device
     loss_name = f"{inner.__name__} {getattr(loss_function, 'keywords', '')}".strip()
     settings = {"steps": steps, "batch_size": batch_size, "lr": lr, "warmup": warmup, "clip": clip,
-                "seed": int(seed), "loss_function": loss_name, "ema": ema and float(ema.decay),
-                "images": zlib.crc32(images.cpu().numpy()),
-                "network": getattr(model, "config", None),
-                "labels": labels is not None and [zlib.crc32(labels.cpu().numpy()), float(drop)],
-                "schedule": zlib.crc32(schedule.betas.cpu().numpy())}
+                "seed": int(seed), "ema": ema and float(ema.decay), "loss_function": loss_name,
+                "network": getattr(model, "config", None), "images": crc32(images.cpu().numpy()),
+                "labels": labels is not None and [crc32(labels.cpu().numpy()), float(drop)],
+                "schedule": crc32(schedule.betas.cpu().numpy())}
+    device = next(model.parameters()).device
     schedule, images = schedule.to(device), images.to(device)  # all images, once: no copying later
     labels = labels if labels is None else labels.to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=device.type != "mps")
     amp = amp_dtype(device)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
     generator = torch.Generator(device).manual_seed(settings["seed"])
-    losses, start = torch.zeros(steps, device=device), 0
-    if checkpoint is not None and pathlib.Path(checkpoint).expanduser().exists():
-        saved = load_checkpoint(checkpoint)  # read once: another run may write it meanwhile
-        _require_same_run(checkpoint, saved, settings, device)
-        _fill(checkpoint, saved, model, ema)
+    losses, step = torch.zeros(steps, device=device), 0
+    path = checkpoint and pathlib.Path(checkpoint).expanduser()
+    if path and path.exists():
+        saved = load_checkpoint(path)  # read once: another run may write it meanwhile
+        require("settings" in saved, f"{path.name} is not a training checkpoint: give another name")
+        differ = [name for name in settings if saved["settings"].get(name) != settings[name]]
+        require(not differ, f"{path.name} holds another run ({', '.join(differ)}): give a new name")
+        require(saved["device"] == device.type, f"{path.name} was written on {saved['device']}")
+        _fill(path, saved, model, ema)
         optimizer.load_state_dict(saved["optimizer"])
         scaler.load_state_dict(saved["scaler"])
         generator.set_state(saved["generator"])
         losses.copy_(saved["losses"])
-        start = saved["step"]
-        if start == steps:
-            print(f"{pathlib.Path(checkpoint).name} holds this run, finished: loaded. "
-                  "Delete it to train again.")
-
-    def save(step):
-        for numbers in (losses[:step], *model.parameters()):  # the loss can be fine, a weight not
-            _require_finite(numbers, step, checkpoint)
-        if checkpoint is not None:
-            save_checkpoint(checkpoint, model, schedule, ema, optimizer=optimizer.state_dict(),
-                            step=step, scaler=scaler.state_dict(), generator=generator.get_state(),
-                            losses=losses.cpu(), settings=settings, device=device.type)
-
+        step = saved["step"]
+        if step == steps:
+            print(f"{path.name} holds this run, finished: loaded. Delete it to train again.")
     model.train()
-    bar = progress_bar(range(start, steps), "training", progress, initial=start, total=steps)
-    step = start
+    bar = progress_bar(range(step, steps), "training", progress, initial=step, total=steps)
     try:
         for step in bar:
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, steps, lr, warmup)
+            optimizer.param_groups[0]["lr"] = learning_rate(step, steps, lr, warmup)
             pick = torch.randint(len(images), (batch_size,), device=device, generator=generator)
             x0 = to_model_range(images[pick])
             t = torch.randint(1, schedule.T + 1, (batch_size,), device=device, generator=generator)
             noise = torch.randn(x0.shape, device=device, generator=generator)
-            predict = model
-            if labels is not None:
-                y = drop_labels(labels[pick], drop, model.classes, generator)
-                predict = functools.partial(model, y=y)
+            predict = model if labels is None else functools.partial(
+                model, y=drop_labels(labels[pick], drop, classes, generator))
             # torch 2.4 has no autocast for Apple GPUs, not even one that is off
             with torch.autocast(device.type, dtype=amp) if amp else contextlib.nullcontext():
                 loss = loss_function(predict, schedule, x0, t, noise)
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)
             nn.utils.clip_grad_norm_(model.parameters(), clip)
@@ -1074,41 +1014,25 @@ def train(model, schedule, images, steps, batch_size=64, lr=1e-3, ema=None, warm
             scaler.update()
             if ema is not None:
                 ema.update(model)
-            losses[step] = loss.detach()
-            if (step + 1) % 50 == 0:  # looking at the loss makes the device wait: not in every step
-                rate = (bar.format_dict["rate"] or 0) * batch_size
-                bar.set_postfix_str(f"loss {losses[max(0, step - 99):step + 1].mean():.4f}, "
-                                    f"{rate:.0f} images/s", refresh=False)
-                _require_finite(losses[step], step + 1, checkpoint)
-            if (step + 1) % checkpoint_every == 0 or step + 1 == steps:
-                save(step + 1)
-            if callback is not None and ((step + 1) % callback_every == 0 or step + 1 == steps):
-                callback(step + 1)
+            losses[step], done = loss.detach(), step + 1
+            save = done % checkpoint_every == 0 or done == steps
+            if save or done % 50 == 0:  # looking makes the device wait: not in every step
+                bar.set_postfix_str(f"loss {losses[:done][-100:].mean():.4f}", refresh=False)
+                if not all(torch.isfinite(x).all() for x in (losses[:done], *model.parameters())):
+                    raise FloatingPointError(f"a loss or weight is not a number at step {done}: "
+                                             f"try a smaller lr or clip (last good file: {path})")
+            if save and path:
+                save_checkpoint(path, model, schedule, ema, optimizer=optimizer.state_dict(),
+                                scaler=scaler.state_dict(), generator=generator.get_state(),
+                                losses=losses, step=done, settings=settings, device=device.type)
+            if callback is not None and (done % callback_every == 0 or done == steps):
+                callback(done)
     except KeyboardInterrupt:
         print(f"\nStopped at step {step} of {steps}: model, ema and the losses so far can be used.")
         losses = losses[:step]
     finally:
-        bar.close()
         model.eval()
     return losses.tolist()
-
-
-def _require_finite(numbers, step, checkpoint):
-    if not bool(torch.isfinite(numbers).all()):
-        kept = f"; the last good checkpoint is kept in {checkpoint}" if checkpoint else ""
-        raise FloatingPointError(f"the loss or a weight is no longer a number at step {step}: "
-                                 f"try a smaller lr or clip{kept}")
-
-
-def _require_same_run(path, saved, settings, device):
-    name = pathlib.Path(path).name
-    require("settings" in saved, f"{name} is not a training checkpoint: give another file name")
-    differ = [what for what in settings if saved["settings"].get(what) != settings[what]]
-    require(not differ, f"{name} holds another run ({', '.join(differ)} differ): give another file "
-                        "name for this run; to train that network further, load it first "
-                        "(load_checkpoint, load_network)")
-    require(saved["device"] == device.type, f"{name} was written on {saved['device']}: continue "
-                                            f"there, or give another file name for {device.type}")
 
 
 def save_checkpoint(path, model, schedule, ema=None, **more):
@@ -1129,11 +1053,7 @@ def save_checkpoint(path, model, schedule, ema=None, **more):
     def write(file):
         torch.save(content, file)
         file.flush()
-        try:
-            torch.load(file.name, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as error:
-            raise ValueError("only tensors, Python's own numbers, texts, lists and dicts can be "
-                             "saved and read again: turn others into those") from error
+        load_checkpoint(file.name)  # what can't be read again must not replace the older file
 
     _write_whole(path, write)
 
@@ -1145,17 +1065,13 @@ def load_checkpoint(path, model=None, ema=None):
     not a checkpoint or holds a network of another shape.
     """
     path = pathlib.Path(path).expanduser()
-    with open(path, "rb") as file:  # for a folder or a missing file Python's own message is clear
-        require(zipfile.is_zipfile(file), f"{path.name} can't be read as a checkpoint: it is cut "
-                                          "off, or something else")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError) as error:
-        if "memory" in str(error):
-            raise
-        raise ValueError(f"{path.name} can't be read as a checkpoint: it is cut off, or it holds "
-                         "more than tensors and plain values (a whole model, say: save its "
-                         "state_dict() instead)") from error
+    except Exception as error:
+        if not path.is_file() or "memory" in str(error):
+            raise  # Python's and torch's own messages are clear
+        raise ValueError(f"{path.name} can't be read: it is cut off, or holds more than tensors, "
+                         "numbers, texts, lists, dicts (of a model, its state_dict())") from error
     if isinstance(content, dict) and content and all(map(torch.is_tensor, content.values())):
         content = {"model": content}  # a plain state_dict
     require(isinstance(content, dict) and "model" in content, f"{path.name} holds no network")
@@ -1173,8 +1089,7 @@ def _fill(path, content, model, ema):
             ema.model.load_state_dict(content["ema"])
             ema.updates, ema.model.target = content["ema_updates"], content.get("target")
     except (RuntimeError, TypeError) as error:
-        raise ValueError(f"{pathlib.Path(path).name} does not fit this network: it was saved from "
-                         f"UNet(**{content.get('unet')})") from error
+        raise ValueError(f"{path} does not fit: it is of UNet(**{content.get('unet')})") from error
 
 
 # --- trained weights
@@ -1188,25 +1103,19 @@ WEIGHTS = {  # SHA-256 of the shipped files
 def _weights_file(name):
     """notebooks/weights/<name>.pt, or weights/ beside a helper that came alone; fetched once."""
     folder = HERE / "notebooks" / "weights"
-    folder = folder if folder.exists() else HERE / "weights"
-    path = folder / f"{name}.pt"
+    path = (folder if folder.exists() else HERE / "weights") / f"{name}.pt"
     if not path.exists():
-        require(name in WEIGHTS, f"there are no weights {name!r}, only {', '.join(WEIGHTS)}; "
-                                 "for a file of your own, give its path, ending in .pt")
+        require(name in WEIGHTS, f"no weights {name!r}, only {', '.join(WEIGHTS)}, or a path.pt")
         url = f"{os.environ.get('DDPM_URL', SOURCE)}/notebooks/weights/{name}.pt"
         try:
-            folder.mkdir(exist_ok=True)
-            with _time_limit():
+            with _aside(path.parent):
                 torch.hub.download_url_to_file(url, path, WEIGHTS[name], progress=False)
         except Exception as error:
-            raise OSError(f"the weights {name} could not be fetched ({error}): put {name}.pt from "
-                          "the repository's notebooks/weights/ into weights/ beside ddpm_utils.py"
-                          ) from error
-    elif name in WEIGHTS:
-        found = hashlib.sha256(path.read_bytes()).hexdigest()
-        require(found == WEIGHTS[name], f"{path.name} is not the shipped one (SHA-256 {found[:8]}, "
-                                        f"expected {WEIGHTS[name][:8]}): fetch it again, or give "
-                                        "weights of your own another name")
+            raise OSError(f"the weights {name} could not be fetched ({error}): put "
+                          f"{url} into {path.parent}") from error
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    require(found == WEIGHTS.get(name, found), f"{path.name} is not the shipped one (SHA-256 "
+            f"{found[:8]}): fetch it again, or give weights of your own another name")
     return path
 
 
@@ -1216,11 +1125,9 @@ def load_network(name="fashion", device="cpu"):
     name: that of shipped weights, or the path of a file of your own, ending in .pt. The weights are
     the EMA's where the file has one. model.target tells what the network predicts: "noise" or "v".
     """
-    is_path = str(name).endswith(".pt")
-    path = pathlib.Path(name).expanduser() if is_path else _weights_file(name)
+    path = name if str(name).endswith(".pt") else _weights_file(name)
     content = load_checkpoint(path)
-    require(content.get("unet") and "betas" in content,
-            f"{path.name} does not tell how its UNet was built: use load_checkpoint(path, model)")
+    require(content.get("unet"), f"{name} doesn't tell how its UNet was built: use load_checkpoint")
     model, schedule = UNet(**content["unet"]), NoiseSchedule(content["betas"]).to(device)
     _fill(path, {**content, "model": content.get("ema") or content["model"]}, model, None)
     return model.to(device).eval(), schedule
@@ -1239,9 +1146,8 @@ def load_pretrained(name="fashion", device="cpu"):
 
 def load_classifier(device="cpu"):
     """The shipped GarmentClassifier, and (mean, covariance) of its features in training."""
-    content = load_checkpoint(_weights_file("classifier"))
     classifier = GarmentClassifier()
-    classifier.load_state_dict(content["model"])
+    content = load_checkpoint(_weights_file("classifier"), classifier)
     return classifier.to(device).eval().requires_grad_(False), (content["mean"], content["cov"])
 
 
@@ -1253,30 +1159,21 @@ def garment_features(classifier, images, batch_size=500):
     """
     require(not classifier.training, "the classifier is in training mode: call its eval() first")
     device = next(classifier.parameters()).device
-    features, probabilities = [], []
-    for batch in images.split(batch_size):
-        u8 = batch if batch.dtype == torch.uint8 else to_uint8(batch)
-        f = classifier.features(to_model_range(u8).to(device))
-        features.append(f.cpu())
-        probabilities.append(classifier.head(f).softmax(dim=1).cpu())
-    return torch.cat(features), torch.cat(probabilities)
+    x = to_model_range(images if images.dtype == torch.uint8 else to_uint8(images))
+    features = torch.cat([classifier.features(part.to(device)) for part in x.split(batch_size)])
+    return features.cpu(), classifier.head(features).softmax(dim=1).cpu()
 
 
 def _missing():
     """What a lesson would miss here: a list of sentences, empty where all is ready."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    from packaging.version import Version
     missing, wanted = [], HERE / "requirements.txt"
+    # reversed: of two versions of a package the first is imported
+    here = {found.name: found.version for found in reversed([*importlib.metadata.distributions()])}
     for line in wanted.read_text().split() if wanted.exists() else []:
-        name, _, low = line.partition(">=")
-        try:
-            if Version(version(name)) < Version(low):
-                missing.append(f"{name} {version(name)} is older than {low}")
-        except PackageNotFoundError:
-            missing.append(f"the package {name}")
-    bad = _bad_files(_data_folder())
-    if bad:
+        name, low = line.split(">=")
+        if Version(here.get(name, "0")) < Version(low):
+            missing.append(f"{name} {here.get(name, 'is not installed, or')} is older than {low}")
+    if bad := _bad_files(_data_folder()):
         missing.append(f"Fashion-MNIST ({', '.join(bad)}): the first notebook downloads it")
     for name in WEIGHTS:
         try:
@@ -1289,9 +1186,9 @@ def _missing():
 if __name__ == "__main__":
     set_up()
     problems = _missing()
-    print("\n".join(["missing (pip install -r requirements.txt brings packages):",
-                     *(f"- {problem}" for problem in problems)]) if problems else "ready")
+    print("\n- ".join(["missing (pip install -r requirements.txt brings packages):", *problems])
+          if problems else "ready")
     if not (_data_folder() / "flower_photos").is_dir():
         print("(flower_photos, 218 MiB, is not here yet: notebook 07 downloads it)")
-    sys.exit(1 if problems else 0)
+    sys.exit(bool(problems))
 # the end

@@ -194,6 +194,15 @@ def test_ema_is_a_copy_without_gradients():
     assert not same_weights(ema.model, model)
 
 
+def test_train_takes_the_ema_class_that_a_notebook_has_defined():
+    """In notebook 04 it is __main__.EMA: the same words, another class."""
+    own = type("EMA", (), {name: vars(EMA)[name] for name in ("__init__", "update")})
+    model = small_unet()
+    ema = own(model, 0.9)
+    run(3, model, ema=ema)
+    assert ema.updates == 3 and not same_weights(ema.model, small_unet())
+
+
 def test_train_updates_the_ema_each_step():
     model = small_unet()
     ema, twin, seen = EMA(model, 0.9), EMA(model, 0.9), []

@@ -94,10 +94,11 @@ def test_floats_are_the_same_as_bytes_and_colours_stay():
 def test_rows_are_named_and_titles_are_over_each_image():
     figure = show_images(ramp(4), columns=2, rows=["noisy", "clean"])
     (axis,) = figure.axes
-    assert [label.get_text() for label in axis.get_yticklabels()] == ["noisy", "clean"]
-    assert list(axis.get_yticks()) == [3.5, 10.5]  # the middle of each row of 6 + 1 pixels
+    assert [label.get_text() for label in axis.texts] == ["noisy", "clean"]
+    assert [label.xy for label in axis.texts] == [(0, 3.5), (0, 10.5)]  # the middle of 6 + 1 pixels
     figure = show_images(ramp(4), list("abcd"), columns=2, rows=["noisy", "clean"])
-    assert [axis.get_ylabel() for axis in figure.axes] == ["noisy", "", "clean", ""]
+    found = [[label.get_text() for label in axis.texts] for axis in figure.axes]
+    assert found == [["noisy"], [], ["clean"], []]
     for wrong in (["one"], ["a", "b", "c"]):
         with pytest.raises(ValueError, match="rows must hold 2 names"):
             show_images(ramp(4), columns=2, rows=wrong)

@@ -246,7 +246,7 @@ def test_a_read_only_checkout(checkout, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert "nothing can be written here" in done.stdout
-    assert "not available here" in done.stdout and "source: stand-in" in done.stdout
+    assert "is not available" in done.stdout and "source: stand-in" in done.stdout
     assert "picture: True True" in done.stdout
     assert "run.pt could not be written" in done.stdout and "Read-only" in done.stdout
     assert "Traceback" not in done.stderr

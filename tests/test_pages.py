@@ -180,6 +180,7 @@ def test_enough_outputs_are_compared(path):
     assert len(compared) >= 5
     for cell in compared:
         assert printed(cell).strip(), "a compared cell that prints nothing compares nothing"
+        assert "%|" not in printed(cell), "a progress bar has speeds: it can't be compared"
         assert not has_figure(cell)
 
 

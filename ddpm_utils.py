@@ -611,6 +611,7 @@ def set_up(seed=0):
     plt.rcParams.update({
         "axes.prop_cycle": plt.cycler(color=COLOURS), "font.size": 12, "axes.titlesize": 13,
         "figure.figsize": (8, 4), "figure.dpi": 80, "savefig.bbox": "tight", "image.cmap": "gray",
+        "image.interpolation": "nearest",  # pixels stay squares, and the saved file small
         "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False})
     kind = ("cuda" if torch.cuda.is_available() else
             "mps" if torch.backends.mps.is_available() else "cpu")

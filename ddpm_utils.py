@@ -466,8 +466,8 @@ def stops(T, steps, power=1.0):
     """Where a sampler of few steps looks: a list of steps + 1 integers from T down to 0.
 
     steps: a number from 1 to T, or a list of stops of your own, which is checked. power: 1 for an
-    even spacing, more for stops closer together near T (where two would fall on one integer, they
-    are one stop).
+    even spacing, more for stops closer together near T, less for closer together near 0 (where two
+    would fall on one integer, they are one stop).
     """
     if isinstance(steps, (list, tuple)):
         require(len(steps) >= 2 and 1 <= steps[0] <= T and steps[-1] == 0

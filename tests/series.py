@@ -96,6 +96,13 @@ def defined_in(number, *wanted):
     return space
 
 
+def everything_in(folder):
+    """{path inside folder: bytes} of every file in it."""
+    return {
+        str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
+    }
+
+
 # ------------------------------------------------------------------ small runs
 
 

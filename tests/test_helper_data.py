@@ -15,6 +15,7 @@ import pytest
 import torch
 import torchvision
 from conftest import send
+from series import everything_in
 
 import ddpm_utils
 from ddpm_utils import CLASSES, ImageSet, load_fashion_mnist
@@ -64,12 +65,6 @@ def put(folder, files, names=NAMES):
     for name in names:
         (raw / name).write_bytes(files[name])
     return folder
-
-
-def everything_in(folder):
-    return {
-        str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
-    }
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import textwrap
 import nbformat
 import pytest
 from nbclient import NotebookClient
-from series import ROOT, kill_a_run, run, same_weights, small_unet
+from series import ROOT, everything_in, kill_a_run, run, same_weights, small_unet
 
 from ddpm_utils import EMA, load_checkpoint
 
@@ -61,12 +61,6 @@ def run_all(notebook, folder):
     NotebookClient(
         notebook, timeout=1800, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
     ).execute(env=environment())
-
-
-def everything_in(folder):
-    return {
-        str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
-    }
 
 
 def printed(notebook):

@@ -1,15 +1,20 @@
 """Training: it learns, it stops and goes on to the same numbers, and failures keep the last good file."""
 
 import functools
+import json
 import math
+import re
 
 import pytest
 import torch
 from series import (
+    NOTEBOOKS,
+    ROOT,
     SCHEDULE,
     WEIGHTS,
     Stop,
     kill_a_run,
+    prose,
     run,
     same_weights,
     small_unet,
@@ -645,3 +650,13 @@ def test_the_default_warm_up_suits_a_short_run(monkeypatch, steps, warmup):
     with pytest.raises(Stop):
         run(steps, warmup=None)
     assert seen == [warmup]
+
+
+def test_the_table_of_recipes_is_what_was_measured():
+    runs = json.loads((ROOT / "tests" / "measure" / "recipes.json").read_text())["runs"]
+    text = "\n".join(prose(next(NOTEBOOKS.glob("04_*.ipynb"))))
+    rows = re.findall(r"^\| .* \| ([\d,]+) \| ([\d.]+) \|$", text, re.M)
+    measured = {(f"{run['steps']:,}", f"{run['distance']:.1f}") for run in runs.values()}
+    assert len(rows) == 7 and set(rows) <= measured
+    for name in ("ours", "ours, seed 1", "ours, seed 2", "no EMA", "predict the noise"):
+        assert f"{runs[name]['distance']:.1f}" in text, name

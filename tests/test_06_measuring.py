@@ -194,7 +194,7 @@ def test_the_card_prints_what_was_measured_of_these_weights():
     assert len(results[key]) >= 1, (
         "python tests/measure/quality.py has not measured the shipped weights"
     )
-    for row, found in {**results[key], "real": results["real test pictures"]["10000"]}.items():
+    for row, found in {**results[key], "real": results["real test images"]["10000"]}.items():
         printed = [
             f"{found['confidence']:.3f}",
             f"{found['nearest, median']:.1f}",

@@ -5,12 +5,12 @@
     python tests/measure/quality.py --weights FILE        another checkpoint of the same network
     python tests/measure/quality.py --weights FILE --minutes 20   a point of the curve: its distance after 20 minutes of training
     python tests/measure/quality.py --table               print what was measured
-    python tests/measure/quality.py --pictures            draw the card's pictures from the rows that are there
+    python tests/measure/quality.py --pictures          draw the card's pictures from the rows that are there
 
-The distances are Fréchet's, to the 60,000 training pictures in the shipped classifier's features; each row also measures
-how near its pictures are to the nearest training picture, and the floors are those of as many real test pictures. The
-rows with 10,000 pictures take from four minutes (DDIM 10) to forty (DDIM 100) on one core, each of the ancestral ones forty.
-Results: tests/measure/quality.json; the pictures themselves stay in outputs/, which git ignores.
+The distances are Fréchet's, to the 60,000 training images in the shipped classifier's features; each row also measures
+how near its images are to the nearest training image, and the floors are those of as many real test images. The
+rows with 10,000 images take from four minutes (DDIM 10) to forty (DDIM 100) on one core, each of the ancestral ones forty.
+Results: tests/measure/quality.json; the images themselves stay in outputs/, which git ignores.
 """
 
 import argparse
@@ -31,9 +31,9 @@ import ddpm_utils as d  # noqa: E402
 RESULTS = HERE / "quality.json"
 WEIGHTS = HERE.parent.parent / "notebooks" / "weights"
 BATCH = (
-    100  # pictures sampled together; each batch has a seed of its own, so that a killed run goes on
+    100  # images sampled together; each batch has a seed of its own, so that a killed run goes on
 )
-ROWS = {  # name: (sampler, its options, how many pictures)
+ROWS = {  # name: (sampler, its options, how many images)
     "DDIM 10": (d.ddim_sample, {"steps": 10}, 10_000),
     "DDIM 20": (d.ddim_sample, {"steps": 20}, 10_000),
     "DDIM 50": (d.ddim_sample, {"steps": 50}, 10_000),
@@ -51,7 +51,7 @@ def file_of(key, row):
 
 
 def sample(model, schedule, row, key):
-    """The row's pictures, uint8 (n, 1, 28, 28); written down after every batch."""
+    """The row's images, uint8 (n, 1, 28, 28); written down after every batch."""
     sampler, options, n = ROWS[row]
     half = d.amp_dtype(schedule.betas.device)
 
@@ -60,22 +60,22 @@ def sample(model, schedule, row, key):
             return model(xt, t).float()
 
     file = file_of(key, row)
-    pictures = list(torch.load(file, weights_only=True).split(BATCH)) if file.exists() else []
-    for batch in d.progress_bar(range(len(pictures), n // BATCH), row, sys.stdout.isatty()):
+    images = list(torch.load(file, weights_only=True).split(BATCH)) if file.exists() else []
+    for batch in d.progress_bar(range(len(images), n // BATCH), row, sys.stdout.isatty()):
         generator = torch.Generator(schedule.betas.device).manual_seed(batch)
         with torch.no_grad():
             x = sampler(network, schedule, BATCH, generator=generator, progress=False, **options)
-        pictures.append(d.to_uint8(x).cpu())
-        d._write_whole(file, lambda f: torch.save(torch.cat(pictures), f))
-    return torch.cat(pictures)
+        images.append(d.to_uint8(x).cpu())
+        d._write_whole(file, lambda f: torch.save(torch.cat(images), f))
+    return torch.cat(images)
 
 
-def nearest(pictures, training):
-    """Root mean squared difference, in grey levels 0 … 255, to the nearest training picture, and which one that is."""
-    size = pictures[0].numel()
+def nearest(images, training):
+    """Root mean squared difference, in grey levels 0 … 255, to the nearest training image, and which one that is."""
+    size = images[0].numel()
     all_of_them = training.flatten(1).float()
     squares, distances, which = all_of_them.square().sum(dim=1), [], []
-    for batch in pictures.flatten(1).float().split(500):
+    for batch in images.flatten(1).float().split(500):
         gap = batch.square().sum(dim=1, keepdim=True) + squares - 2 * batch @ all_of_them.T
         best = gap.min(dim=1)
         which.append(best.indices)
@@ -83,12 +83,12 @@ def nearest(pictures, training):
     return torch.cat(distances), torch.cat(which)
 
 
-def measure(pictures, training, classifier, statistics):
-    features, probabilities = d.garment_features(classifier, pictures)
-    kinds = probabilities.argmax(dim=1).bincount(minlength=10) / len(pictures)
-    gaps = nearest(pictures, training)[0]
+def measure(images, training, classifier, statistics):
+    features, probabilities = d.garment_features(classifier, images)
+    kinds = probabilities.argmax(dim=1).bincount(minlength=10) / len(images)
+    gaps = nearest(images, training)[0]
     return {
-        "images": len(pictures),
+        "images": len(images),
         "distance": round(d.frechet_distance(*d.feature_statistics(features), *statistics), 3),
         "confidence": round(float(probabilities.max(dim=1).values.mean()), 4),
         "rarest class": round(float(kinds.min()), 4),
@@ -109,18 +109,18 @@ def write(key, row, value):
 
 
 def draw(key, training, test):
-    """The card's pictures: the first samples of every row over real ones, the ten nearest to a training picture, the curve."""
+    """The card's pictures: the first samples of every row over real ones, the ten nearest to a training image, the curve."""
     rows = [row for row in ROWS if row != "curve" and file_of(key, row).exists()]
     first = [torch.load(file_of(key, row), weights_only=True)[:20] for row in rows]
     d.show_images(torch.cat([*first, test[:20]]), columns=20, scale=0.5).savefig(
         WEIGHTS / "fashion_samples.png", bbox_inches="tight"
     )
-    print("rows of fashion_samples.png:", ", ".join([*rows, "test pictures"]))
-    pictures = torch.load(file_of(key, "DDIM 20"), weights_only=True)
-    gaps, which = nearest(pictures, training)
+    print("rows of fashion_samples.png:", ", ".join([*rows, "test images"]))
+    images = torch.load(file_of(key, "DDIM 20"), weights_only=True)
+    gaps, which = nearest(images, training)
     closest = gaps.argsort()[:10]
     d.show_images(
-        torch.cat([pictures[closest], training[which[closest]]]), columns=10, scale=0.7
+        torch.cat([images[closest], training[which[closest]]]), columns=10, scale=0.7
     ).savefig(WEIGHTS / "fashion_closest.png", bbox_inches="tight")
     print(
         "the ten closest pairs, root mean squared difference in grey levels:",
@@ -132,13 +132,13 @@ def draw(key, training, test):
     figure, axis = plt.subplots()
     axis.plot(*zip(*curve), marker="o", label="samples, DDIM in 50 steps")
     axis.axhline(
-        read()["real test pictures"]["1000"]["distance"],
+        read()["real test images"]["1000"]["distance"],
         color="grey",
         linestyle="--",
-        label="real test pictures",
+        label="real test images",
     )
     axis.set(
-        xlabel="minutes of training on one core", ylabel="Fréchet distance, 1,000 pictures", ylim=0
+        xlabel="minutes of training on one core", ylabel="Fréchet distance, 1,000 images", ylim=0
     )
     axis.legend()
     figure.savefig(WEIGHTS / "fashion_curve.png", bbox_inches="tight")
@@ -161,8 +161,8 @@ def main():
     key = hashlib.sha256(chosen.weights.read_bytes()).hexdigest()[:12]
     if chosen.table:
         real = {
-            f"real test pictures, {n}": found
-            for n, found in read().get("real test pictures", {}).items()
+            f"real test images, {n}": found
+            for n, found in read().get("real test images", {}).items()
         }
         for row, found in {**read().get(key, {}), **real}.items():
             print(f"{row:26s}", ", ".join(f"{what} {number}" for what, number in found.items()))
@@ -179,8 +179,8 @@ def main():
     for n in (
         1_000,
         10_000,
-    ):  # the floors: real pictures against real ones; at 1,000 the mean of ten
-        if str(n) not in read().get("real test pictures", {}):
+    ):  # the floors: real images against real ones; at 1,000 the mean of ten
+        if str(n) not in read().get("real test images", {}):
             mixed = test.images[
                 torch.randperm(len(test), generator=torch.Generator().manual_seed(0))
             ]
@@ -190,7 +190,7 @@ def main():
             mean = {
                 what: round(sum(part[what] for part in parts) / len(parts), 4) for what in parts[0]
             }
-            write("real test pictures", str(n), {**mean, "images": n})
+            write("real test images", str(n), {**mean, "images": n})
     for row in (
         ["curve"] if chosen.minutes is not None else [row for row in chosen.only if row != "curve"]
     ):

@@ -1,12 +1,13 @@
 """Makes what a teacher hands out and shows.
 
-    python notebooks/make_copies.py            a folder for students, and slides of all notebooks
-    python notebooks/make_copies.py 01 03      slides of those two (and the students' folder)
+    python notebooks/make_copies.py         a folder for students, slides and pages of all notebooks
+    python notebooks/make_copies.py 01 03   slides and pages of those two (and the students' folder)
 
 `outputs/student/` is complete in itself: the notebooks without the solutions, the helper, the
 weights. `outputs/slides/` holds one HTML file per notebook, with the outputs as they are saved in
 it; nothing is run. The slides fetch reveal.js and MathJax from the network, unless these are in
-`outputs/slides/node_modules/`: see notebooks/teaching.md.
+`outputs/slides/node_modules/`: see notebooks/teaching.md. `outputs/site/` holds the pages to read,
+as make_site.py makes them.
 """
 
 import pathlib
@@ -16,6 +17,7 @@ import subprocess
 import sys
 
 import nbformat
+from make_site import make_site
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 OUTPUTS = ROOT / "outputs"
@@ -111,3 +113,4 @@ if __name__ == "__main__":
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
         if any(path.name.startswith(w) for w in wanted):
             print(f"outputs/slides/{make_slides(path).name}", flush=True)
+    make_site(wanted)

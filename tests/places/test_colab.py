@@ -89,7 +89,7 @@ def test_a_notebook_alone(path, colab, serve):
     assert (folder / "ddpm_utils.py").read_bytes() == (ROOT / "ddpm_utils.py").read_bytes()
     for file in (folder / "weights").glob("*.pt"):
         assert file.read_bytes() == (ROOT / "notebooks" / "weights" / file.name).read_bytes()
-    assert not list(folder.rglob("*.part"))
+    assert not [*folder.rglob("*.partial"), *folder.rglob(".new-*")]
 
 
 def set_up_alone(folder):

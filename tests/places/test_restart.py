@@ -146,7 +146,7 @@ def test_two_notebooks_at_once_in_one_folder(checkout):
     for process in running:
         error = process.communicate()[1]
         assert process.returncode == 0, error[-2000:]
-    assert not list(folder.parent.rglob("*.part"))
+    assert not [*folder.parent.rglob("*.partial"), *folder.parent.rglob(".new-*")]
 
 
 def test_two_trainings_at_once_with_a_checkpoint_each(tmp_path):

@@ -605,6 +605,8 @@ def set_up(seed=0):
 
     Returns a torch.device: cuda, else mps, else cpu.
     """
+    if hasattr(sys.stdout, "reconfigure"):  # a letter that the terminal lacks must not end a run
+        sys.stdout.reconfigure(errors="replace")
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
@@ -848,10 +850,12 @@ def to_model_range(u8):
 def to_uint8(x):
     """Floats in [-1, 1], clipped to it, any shape, to uint8 pixels 0 ... 255.
 
-    ValueError for another type, and where x is not finite.
+    ValueError for another type, where x is not finite, and for floats that run to 255.
     """
     require(x.is_floating_point(), f"x must be floats in [-1, 1]; got {x.dtype}")
     require(bool(torch.isfinite(x).all()), "x holds values that are not numbers (NaN or infinite)")
+    require(bool((x < 0).any() or (x < 10).all()), "x must be floats in [-1, 1]; these look like "
+            "0 ... 255: give them as uint8")
     return ((x.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
@@ -952,6 +956,8 @@ def train(model, schedule, images, steps, batch_size=64, lr=1e-3, ema=None, warm
             f"images must be uint8 (N, C, H, W); got {images.dtype} {tuple(images.shape)}")
     require(ema is None or hasattr(ema, "updates"), f"ema must be EMA(model); got {ema!r:.40}")
     require(callable(loss_function), f"loss_function must be as v_loss; got {loss_function!r:.40}")
+    require(any(p.requires_grad for p in model.parameters()),
+            "this network is frozen: load_network gives one that can be trained further")
     inner = getattr(loss_function, "func", loss_function)  # of functools.partial(v_loss, gamma=5)
     target, classes = getattr(inner, "target", "noise"), getattr(model, "classes", 0)
     model.target = getattr(model, "target", None) or target
@@ -983,7 +989,8 @@ def train(model, schedule, images, steps, batch_size=64, lr=1e-3, ema=None, warm
         saved = load_checkpoint(path)  # read once: another run may write it meanwhile
         require("settings" in saved, f"{path.name} is not a training checkpoint: give another name")
         differ = [name for name in settings if saved["settings"].get(name) != settings[name]]
-        require(not differ, f"{path.name} holds another run ({', '.join(differ)}): give a new name")
+        require(not differ, f"{path.name} holds another run ({', '.join(differ)}): give a new name "
+                "(and to train its network further, start from load_network)")
         require(saved["device"] == device.type, f"{path.name} was written on {saved['device']}")
         _fill(path, saved, model, ema)
         optimizer.load_state_dict(saved["optimizer"])
@@ -1069,7 +1076,7 @@ def load_checkpoint(path, model=None, ema=None):
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        if not path.is_file() or "memory" in str(error):
+        if not path.is_file() or isinstance(error, PermissionError) or "memory" in str(error):
             raise  # Python's and torch's own messages are clear
         raise ValueError(f"{path.name} can't be read: it is cut off, or holds more than tensors, "
                          "numbers, texts, lists, dicts (of a model, its state_dict())") from error
@@ -1097,6 +1104,7 @@ def _fill(path, content, model, ema):
 
 WEIGHTS = {  # SHA-256 of the shipped files
     "fashion": "4ac830e5460ffefba105ea22776dee6cc827f684cb64f6bbee12501f5eb94b91",
+    "fashion_labels": "ee08d43be297a224742aacfc585327bdaeb116a498ca1033d928838c6a947723",
     "classifier": "1240bdf1183e8058c53184b4a48de7b0694ed1eefc07c285abac7f326e2896bf",
     "flowers_128": "c49231a2989036cb658c7f91254b3e955b60b818f4e307dc583c09dcb44cb2df"}
 

@@ -591,6 +591,47 @@ def dpm_solver_sample(model, schedule, n, steps=20, shape=(1, 28, 28), clip=True
     return torch.stack(trajectory) if return_trajectory else x
 
 
+# --- 10: labels and guidance
+
+def drop_labels(y, drop, none, generator=None):
+    """Labels (B,) of which each is replaced by none ("no label") with probability drop, by itself.
+
+    Ho & Salimans 2022 (arXiv 2207.12598), Algorithm 1.
+    """
+    return torch.where(torch.rand(y.shape, device=y.device, generator=generator) < drop, none, y)
+
+
+class Guided(nn.Module):
+    """A network with labels under guidance, for any sampler: (xt, t) gives ε_∅ + w (ε_y - ε_∅).
+
+    model: gives ε as model(xt, t, y); it or its .model has .classes, the label of "no label". y:
+    int64 (B,), one label per image, from 0 to classes - 1. w: a number or (B,); 0 ignores the
+    label, 1 samples with it. ValueError for others. Ho & Salimans 2022 (arXiv 2207.12598), Eq. 6,
+    whose w is ours minus 1. Both answers come from one batch of 2B.
+    """
+
+    def __init__(self, model, y, w):
+        super().__init__()
+        none = getattr(getattr(model, "model", model), "classes", 0)
+        require(none > 0, "this network takes no labels: build it as UNet(classes=10)")
+        require(torch.is_tensor(y) and y.dtype == torch.int64 and y.dim() == 1 and len(y) > 0
+                and 0 <= int(y.min()) and int(y.max()) < none,
+                f"y must be int64 (B,) from 0 to {none - 1}; got {y!r:.80}")
+        w = torch.as_tensor(w, dtype=torch.float32, device=y.device)
+        require(w.shape in ((), y.shape), f"w must be a number or {tuple(y.shape)}; got {w!r:.80}")
+        self.model, self.target = model, getattr(model, "target", None)
+        self.register_buffer("labels", torch.cat([y, torch.full_like(y, none)]))
+        self.register_buffer("w", w)
+
+    def forward(self, xt, t):
+        require(2 * len(xt) == len(self.labels),
+                f"y must hold one label per image, {len(xt)}; got {len(self.labels) // 2}")
+        labels, w = self.labels.to(xt.device), self.w.to(xt.device)
+        both = self.model(torch.cat([xt, xt]), torch.cat([t, t]), labels)
+        with_label, without = both.chunk(2)
+        return without + w.view(-1, *[1] * (xt.dim() - 1)) * (with_label - without)
+
+
 # --- plumbing: nothing below is taught
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -923,14 +964,6 @@ def amp_dtype(device):
         return torch.bfloat16 if torch.cuda.get_device_capability()[0] >= 8 else torch.float16
     has_bfloat16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     return torch.bfloat16 if kind == "cpu" and has_bfloat16() else None
-
-
-def drop_labels(y, drop, none, generator=None):
-    """Labels (B,) of which each is replaced by none ("no label") with probability drop, by itself.
-
-    Ho & Salimans 2022 (arXiv 2207.12598), Algorithm 1.
-    """
-    return torch.where(torch.rand(y.shape, device=y.device, generator=generator) < drop, none, y)
 
 
 def train(model, schedule, images, steps, batch_size=64, lr=1e-3, ema=None, warmup=None, clip=1.0,

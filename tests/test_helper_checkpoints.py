@@ -248,6 +248,25 @@ def test_a_folder_and_a_memory_that_is_full_are_not_called_damaged(tmp_path, mon
         load_checkpoint(tmp_path / "a.pt")
 
 
+def test_a_file_that_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path / "a.pt", small_unet(), SCHEDULE)
+
+    def refused(*args, **options):
+        raise PermissionError(13, "Permission denied", "a.pt")
+
+    monkeypatch.setattr(torch, "load", refused)
+    with pytest.raises(PermissionError):
+        load_checkpoint(tmp_path / "a.pt")
+
+
+def test_a_frozen_network_is_told_from_one_to_train(tmp_path):
+    save_checkpoint(tmp_path / "a.pt", small_unet(), SCHEDULE)
+    frozen, _ = load_pretrained(tmp_path / "a.pt")
+    with pytest.raises(ValueError, match="frozen: load_network"):
+        run(2, frozen)
+    run(2, load_network(tmp_path / "a.pt")[0])
+
+
 def test_a_plain_state_dict_is_read(tmp_path):
     torch.save(small_unet(3).state_dict(), tmp_path / "a.pt")
     model = small_unet(4)

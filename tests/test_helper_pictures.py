@@ -1,12 +1,16 @@
 """Pixels, grids of pictures, GIFs, and where they are written."""
 
+import os
 import pathlib
+import subprocess
+import sys
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageSequence
+from series import ROOT
 
 import ddpm_utils
 from ddpm_utils import output_path, save_gif, set_up, show_images, to_model_range, to_uint8
@@ -112,6 +116,15 @@ def test_what_is_not_a_number_is_not_drawn_black(tmp_path, value):
         with pytest.raises(ValueError, match="not numbers"):
             draw(x)
     assert not list(tmp_path.iterdir())
+
+
+def test_floats_up_to_255_are_not_drawn_white(tmp_path):
+    x = torch.arange(2 * 64).view(2, 1, 8, 8).float()
+    for draw in (to_uint8, show_images, lambda x: save_gif(x, tmp_path / "a.gif")):
+        with pytest.raises(ValueError, match="uint8"):
+            draw(x)
+    for fine in (20 * torch.randn(1, 1, 8, 8), torch.zeros(1, 1, 8, 8), torch.empty(0, 1, 8, 8)):
+        to_uint8(fine)  # a sampler without clipping may go far, to both sides
 
 
 def test_one_picture_and_many():
@@ -252,3 +265,18 @@ def test_set_up_seeds_everything_and_says_so_in_one_line(capsys):
     out, err = capsys.readouterr()
     assert isinstance(device, torch.device) and device.type in ("cuda", "mps", "cpu")
     assert out.startswith(f"device: {device.type}") and out.count("\n") == 1 and err == ""
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp437"])
+def test_a_letter_that_the_terminal_lacks_ends_no_run(tmp_path, encoding):
+    (tmp_path / "čaj.jpg").write_bytes(b"no image")
+    Image.new("L", (8, 8)).save(tmp_path / "tea.png")
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); from ddpm_utils import load_images, set_up;"
+        "set_up(); print(len(load_images(sys.argv[2], 8)))"
+    )
+    command = [sys.executable, "-c", code, str(ROOT), str(tmp_path)]
+    environment = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
+    done = subprocess.run(command, env=environment, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+    assert b"1 files left out: ?aj.jpg" in done.stdout and done.stdout.split()[-1] == b"1"

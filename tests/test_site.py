@@ -1,4 +1,4 @@
-"""The notebooks as web pages, as files; tests/places/test_site.py opens them in a browser."""
+"""The notebooks as web pages, as files; tests/places/test_site_browser.py opens them in a browser."""
 
 import html.parser
 

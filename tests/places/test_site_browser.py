@@ -1,6 +1,6 @@
 """The notebooks' web pages as a reader meets them: in a headless browser, narrow and wide, light and dark.
 
-    pip install selenium && pytest -m browser tests/places/test_site.py        some minutes
+    pip install selenium && pytest -m browser tests/places/test_site_browser.py        some minutes
 
 Nothing is run: the sliders have drawn pictures here. Formulas are looked at where MathJax can be had, from
 `outputs/site/node_modules` (notebooks/teaching.md tells how it gets there) or from the network. With

@@ -1,13 +1,15 @@
 """Notebook 10: guidance against quadrature, `Guided` in every sampler, its bad inputs, inpainting."""
 
+import json
 import math
 import re
 
 import pytest
 import torch
-from series import defined_in, small_unet
+from series import ROOT, WEIGHTS, defined_in, small_unet
 from torch import nn
 
+import ddpm_utils
 from ddpm_utils import (
     Guided,
     NoiseFromV,
@@ -295,3 +297,16 @@ def test_inpainting_calls_the_network_once_for_each_visit(space, visits):
     )
     assert seen == [t for t in (1000, 800, 600, 400) for _ in range(visits)] + [200]
     assert torch.equal(x[:, mask], known[:, mask]) and x.abs().max() <= 1
+
+
+def test_the_card_and_the_readme_print_what_was_measured():
+    found = json.loads((ROOT / "tests" / "measure" / "guidance.json").read_text())
+    rows = found[ddpm_utils.WEIGHTS["fashion_labels"][:12]]
+    card = (WEIGHTS / "fashion_labels.md").read_text(encoding="utf-8")
+    for row, numbers in rows.items():
+        w, n = re.match(r"w = ([\d.]+), (\d+) images", row).groups()
+        start = f"| {w} | {int(n):,} | {numbers['distance']:.1f} | "
+        assert start in card, row
+            assert w == "0" or f"{start}{numbers['accuracy']:.1%} |" in card
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"(notebook 10) | 10,000 | {rows['w = 1, 10000 images']['distance']:.1f} |" in readme

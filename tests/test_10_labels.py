@@ -307,6 +307,6 @@ def test_the_card_and_the_readme_print_what_was_measured():
         w, n = re.match(r"w = ([\d.]+), (\d+) images", row).groups()
         start = f"| {w} | {int(n):,} | {numbers['distance']:.1f} | "
         assert start in card, row
-            assert w == "0" or f"{start}{numbers['accuracy']:.1%} |" in card
+        assert w == "0" or f"{start}{numbers['accuracy']:.1%} |" in card
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert f"(notebook 10) | 10,000 | {rows['w = 1, 10000 images']['distance']:.1f} |" in readme

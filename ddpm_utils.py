@@ -48,8 +48,10 @@ def require(ok, message):
 
 def check_t(t, batch, low, high):
     """ValueError unless t is an int64 tensor (batch,) with values low ... high."""
-    require(torch.is_tensor(t) and t.dtype == torch.int64 and t.shape == (batch,),
-            f"t must be int64 ({batch},), such as torch.full(({batch},), 1); got {t!r:.80}")
+    if not (torch.is_tensor(t) and t.dtype == torch.int64 and t.shape == (batch,)):
+        # not by require: to print t takes longer than a small network does
+        raise ValueError(f"t must be int64 ({batch},), such as torch.full(({batch},), 1); "
+                         f"got {t!r:.80}")
     if t.device.type == "cpu":  # on another device this look would make every step wait
         require(low <= int(t.min()) and int(t.max()) <= high,
                 f"t must be between {low} and {high}; got {int(t.min())} to {int(t.max())}")
@@ -632,6 +634,14 @@ class Guided(nn.Module):
         return without + w.view(-1, *[1] * (xt.dim() - 1)) * (with_label - without)
 
 
+# --- 11: flow matching
+
+
+
+# --- 12: a latent space
+
+
+
 # --- plumbing: nothing below is taught
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -971,7 +981,8 @@ def train(model, schedule, images, steps, batch_size=64, lr=1e-3, ema=None, warm
           checkpoint_every=500, callback=None, callback_every=500, progress=True):
     """DDPM Algorithm 1 with warm-up, decay, clipping and mixed precision; trains model in place.
 
-    images: uint8 (N, C, H, W). ema: an EMA of the model, updated after every step. lr: the peak of
+    images: uint8 (N, C, H, W), or floats of any scale around 0 (the latents of notebook 12), which
+    are taken as they are. ema: an EMA of the model, updated after every step. lr: the peak of
     the learning rate; warmup: steps until it is reached, by default a tenth of all, at most 200;
     clip: the largest gradient norm. loss_function: simple_loss for a model that predicts ε, v_loss
     or min_snr_loss for one that predicts v. labels: int64 (N,), for a UNet with classes; each is
@@ -982,11 +993,14 @@ def train(model, schedule, images, steps, batch_size=64, lr=1e-3, ema=None, warm
     ema and history usable.
 
     Returns the losses so far, a list of floats. FloatingPointError if the loss stops being a
-    number: the last good checkpoint is kept. ValueError for images that are not uint8, and for a
-    checkpoint of another run.
+    number: the last good checkpoint is kept. ValueError for other images (floats with nothing below
+    0 are pixels of another range), and for a checkpoint of another run.
     """
-    require(images.dtype == torch.uint8 and images.dim() == 4 and len(images) > 0,
-            f"images must be uint8 (N, C, H, W); got {images.dtype} {tuple(images.shape)}")
+    are_bytes = images.dtype == torch.uint8
+    require(images.dim() == 4 and len(images) > 0
+            and (are_bytes or images.is_floating_point() and bool((images < 0).any())),
+            "images must be uint8 (N, C, H, W), or latents: floats on both sides of 0; got "
+            f"{images.dtype} {tuple(images.shape)}")
     require(ema is None or hasattr(ema, "updates"), f"ema must be EMA(model); got {ema!r:.40}")
     require(callable(loss_function), f"loss_function must be as v_loss; got {loss_function!r:.40}")
     require(any(p.requires_grad for p in model.parameters()),
@@ -1039,7 +1053,7 @@ def train(model, schedule, images, steps, batch_size=64, lr=1e-3, ema=None, warm
         for step in bar:
             optimizer.param_groups[0]["lr"] = learning_rate(step, steps, lr, warmup)
             pick = torch.randint(len(images), (batch_size,), device=device, generator=generator)
-            x0 = to_model_range(images[pick])
+            x0 = to_model_range(images[pick]) if are_bytes else images[pick].float()
             t = torch.randint(1, schedule.T + 1, (batch_size,), device=device, generator=generator)
             noise = torch.randn(x0.shape, device=device, generator=generator)
             predict = model if labels is None else functools.partial(
@@ -1138,8 +1152,10 @@ def _fill(path, content, model, ema):
 WEIGHTS = {  # SHA-256 of the shipped files
     "fashion": "4ac830e5460ffefba105ea22776dee6cc827f684cb64f6bbee12501f5eb94b91",
     "fashion_labels": "ee08d43be297a224742aacfc585327bdaeb116a498ca1033d928838c6a947723",
+    "fashion_flow": "d1e29ad683db10494d47eabaac97b8e9c0dfc6ff4e807f825549caf76f6740ed",
     "classifier": "1240bdf1183e8058c53184b4a48de7b0694ed1eefc07c285abac7f326e2896bf",
-    "flowers_128": "c49231a2989036cb658c7f91254b3e955b60b818f4e307dc583c09dcb44cb2df"}
+    "flowers_128": "c49231a2989036cb658c7f91254b3e955b60b818f4e307dc583c09dcb44cb2df",
+    "flowers_latent": "1fa3212e53ac7d77952f5d8e78e0de2f96739a0becdd2bf47588eccb7088114c"}
 
 
 def _weights_file(name):

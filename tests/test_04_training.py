@@ -131,6 +131,11 @@ def test_train_is_the_plain_loop(monkeypatch):
     torch.testing.assert_close(said, moved, rtol=1e-2, atol=1e-3)
 
 
+def test_floats_are_taken_as_they_are():
+    images = some_images()
+    assert run(images=ddpm_utils.to_model_range(images))[1] == run(images=images)[1]
+
+
 def test_learning_rate_goes_up_and_comes_down():
     rates = [learning_rate(step, 100, 0.5, 10) for step in range(100)]
     assert rates[:10] == pytest.approx([0.05 * (i + 1) for i in range(10)])

@@ -214,9 +214,16 @@ def test_wrong_repairs_do_not_pass(clinic, lights):
     half = {"loss": lambda f, s, x0, t, n: loss(f, s, x0, t, n) + redrawn(f, s, x0, t, n)}
     assert lights(half) != "", "5"
     assert lights({"loss": v_loss, "as_noise": lambda n, s: lambda xt, t: -n(xt, t)}) != "", "6"
+    assert lights({"load": another_prefix}) == "vital signs, loss by step, round trips", "7"
     assert lights({"clock": lambda t: time_embedding(0 * t + 50, 32)}) != "", "8"
-    assert lights({"to_floats": lambda u8: u8.float() / 255 - 0.5}) != "", "9"
+    shifted = clinic["replace"](clinic["healthy"], to_floats=lambda u8: u8.float() / 255 - 0.5)
+    assert "bytes" in clinic["round_trips"](shifted, lambda x, t: x, lambda x, t: x), "9"
     assert lights({"none": 1}) != "", "10"
+
+
+def another_prefix(network, file):
+    saved = {name.removeprefix("_orig_mod."): x for name, x in torch.load(file).items()}
+    network.load_state_dict(saved, strict=False)
 
 
 def redrawn(model, schedule, x0, t, noise):

@@ -24,7 +24,7 @@ import pytest
 from series import PATHS, ROOT, code_cells
 from test_pages_static import mathematics
 
-SLIDERS = {"01": 1, "05": 1, "09": 1}  # how many a notebook must have at least
+SLIDERS = {"01": 1, "05": 1, "09": 1, "10": 2}  # how many a notebook must have at least
 RUN_SECONDS = 40 * 60  # for all cells of one notebook, on a busy machine
 ANSWER_SECONDS = 60  # for a click, or for a slider's picture
 LOCAL = urllib.request.build_opener(urllib.request.ProxyHandler({}))

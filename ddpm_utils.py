@@ -1,8 +1,7 @@
 """What the notebooks of this series share: first what they teach, then the plumbing.
 
-What a notebook teaches is repeated here word for word (`python notebooks/copy_taught.py` copies
-it). Below it is what nobody wants to read in a lesson: training with all its comforts, checkpoints,
-data, pictures. `python ddpm_utils.py` prints "ready", or what is missing.
+What a notebook teaches is repeated here word for word (by notebooks/copy_taught.py). Below it is
+what nobody wants to read in a lesson. `python ddpm_utils.py` prints "ready", or what is missing.
 
 t is the paper's t, 1 ... T; arrays over t have T + 1 entries; entry 0 is the clean image. Images
 are float32 (B, C, H, W) in [-1, 1], data sets uint8 (N, C, H, W). "DDPM": arXiv 2006.11239.
@@ -49,9 +48,8 @@ def require(ok, message):
 def check_t(t, batch, low, high):
     """ValueError unless t is an int64 tensor (batch,) with values low ... high."""
     if not (torch.is_tensor(t) and t.dtype == torch.int64 and t.shape == (batch,)):
-        # not by require: to print t takes longer than a small network does
-        raise ValueError(f"t must be int64 ({batch},), such as torch.full(({batch},), 1); "
-                         f"got {t!r:.80}")
+        # not by require: to print t takes longer than a small network
+        raise ValueError(f"t must be int64, as torch.full(({batch},), 1); got {t!r:.80}")
     if t.device.type == "cpu":  # on another device this look would make every step wait
         require(low <= int(t.min()) and int(t.max()) <= high,
                 f"t must be between {low} and {high}; got {int(t.min())} to {int(t.max())}")
@@ -636,10 +634,120 @@ class Guided(nn.Module):
 
 # --- 11: flow matching
 
+@torch.no_grad()
+def flow_sample(model, n, steps=20, heun=False, T=1000, shape=(1, 28, 28), x_T=None,
+                generator=None, return_trajectory=False, progress=True):
+    """n images along dx/ds = v from noise, s = 1, to s = 0, by Euler's method or Heun's.
+
+    model: gives the velocity v as model(x, t), with t = s T. steps: 1 to T, evenly spaced, or a
+    list of stops from T down to 0. heun: the mean slope of both ends of a step; the last step has
+    one, so the calls are 2 · steps - 1. The device is that of x_T, or else of the model. The rest,
+    and what is returned, as in ddim_sample. ValueError for a model that predicts something else.
+    """
+    require(getattr(model, "target", None) in (None, "flow"), "model must predict the velocity of "
+            f"flow matching; this one predicts {getattr(model, 'target', None)!r}")
+    require(x_T is None or tuple(x_T.shape) == (n, *shape),
+            f"x_T must have the shape {(n, *shape)}; got {x_T is not None and tuple(x_T.shape)}")
+    weights = model.parameters() if isinstance(model, nn.Module) else []
+    device = next((w.device for w in weights), "cpu")
+    x = torch.randn(n, *shape, device=device, generator=generator) if x_T is None else x_T
+    trajectory, places = [x.cpu()], stops(T, steps)
+    for now, then in progress_bar(list(zip(places[:-1], places[1:])), "sampling", progress):
+        v = model(x, torch.full((n,), now, device=x.device))
+        if heun and then > 0:
+            ahead = x + (then - now) / T * v
+            v = (v + model(ahead, torch.full((n,), then, device=x.device))) / 2
+        x = x + (then - now) / T * v
+        if return_trajectory:
+            trajectory.append(x.cpu())
+    return torch.stack(trajectory) if return_trajectory else x
+
+
+def flow_loss(model, schedule, x0, t=None, noise=None):
+    """The mean squared error of the velocity ε - x_0 at x_s = (1 - s) x_0 + s ε; a scalar.
+
+    s = t / T, and of the schedule only T is used. model predicts the velocity; x0, t and noise as
+    in simple_loss. Lipman et al. 2023 (arXiv 2210.02747), Liu et al. 2022 (arXiv 2209.03003).
+    """
+    if t is None:
+        t = torch.randint(1, schedule.T + 1, (len(x0),), device=x0.device)
+    if noise is None:
+        noise = torch.randn_like(x0)
+    require(x0.is_floating_point() and x0.shape == noise.shape, "x0 and noise must be floats of "
+            f"one shape; got {x0.dtype} {tuple(x0.shape)} and {tuple(noise.shape)}")
+    check_t(t, len(x0), 1, schedule.T)
+    s = (t.to(x0) / schedule.T).view(-1, *[1] * (x0.dim() - 1))             # (B, 1, …)
+    return F.mse_loss(model((1 - s) * x0 + s * noise, t), noise - x0)
+
+
+flow_loss.target = "flow"
+
+
+class NoiseFromFlow(nn.Module):
+    """Makes a network that predicts the velocity of flow matching look like one that predicts ε.
+
+    At (xt, t) of the schedule it asks model at x_s = x_t / (√ᾱ + √(1-ᾱ)), with
+    s = √(1-ᾱ) / (√ᾱ + √(1-ᾱ)), and t' = T s rounded, at least 1; ε = x_s + (1 - s) v. T: the steps
+    that model was trained with. Labels are handed on. ValueError for a model that predicts
+    something else.
+    """
+
+    def __init__(self, model, schedule, T=1000):
+        super().__init__()
+        require(getattr(model, "target", None) in (None, "flow"), "model must predict the velocity "
+                f"of flow matching; this one predicts {getattr(model, 'target', None)!r}")
+        self.model, self.target, self.T = model, "noise", T
+        total = schedule.signal_scale + schedule.noise_scale                # (schedule.T + 1,)
+        self.register_buffer("total", total, persistent=False)
+        self.register_buffer("s", schedule.noise_scale / total, persistent=False)
+
+    def forward(self, xt, t, *label):
+        xs = xt / at(self.total, t, xt)
+        nearest = (self.T * self.s[t]).round().long().clamp(min=1)          # (B,)
+        return xs + (1 - at(self.s, t, xt)) * self.model(xs, nearest, *label).float()
 
 
 # --- 12: a latent space
 
+class PatchPCA(nn.Module):
+    """An autoencoder without training: of each patch of an image its largest principal components.
+
+    encode: images (B, channels, H, W), floats, to latents (B, components, H/patch, W/patch);
+    decode: back. The buffers mean (numbers,), basis (components, numbers), with orthonormal rows,
+    and scale (components,), for numbers = channels · patch², are filled by fit or load_state_dict.
+    ValueError for sides that are no multiples of patch, and for bytes where floats are meant.
+    """
+
+    def __init__(self, patch=8, components=16, channels=3):
+        super().__init__()
+        self.patch, numbers = patch, channels * patch**2
+        self.register_buffer("mean", torch.zeros(numbers))
+        self.register_buffer("basis", torch.eye(components, numbers))
+        self.register_buffer("scale", torch.ones(components))
+
+    def fold(self, x):  # (B, numbers, H/patch, W/patch)
+        require(x.is_floating_point() and x.shape[-2] % self.patch == x.shape[-1] % self.patch == 0,
+                f"images must be floats, sides multiples of {self.patch}; got {x.dtype} {x.shape}")
+        return F.pixel_unshuffle(x, self.patch)
+
+    def fit(self, images, power=0.5):
+        """From uint8 images, some hundred or more: scale = std**power, times what makes the
+        latents' mean variance 1."""
+        rows = self.fold(to_model_range(images)).transpose(0, 1).flatten(1)     # (numbers, patches)
+        values, vectors = torch.linalg.eigh(torch.cov(rows, correction=0).double())
+        std = values.flip(0)[: len(self.scale)].clamp(min=1e-12).sqrt()         # the largest first
+        scale = std**power * (std ** (1 - power)).square().mean().sqrt()
+        basis = vectors.T.flip(0)[: len(scale)]
+        self.load_state_dict({"mean": rows.mean(dim=1), "basis": basis, "scale": scale})
+        return self
+
+    def encode(self, x):
+        rows = self.fold(x) - self.mean[:, None, None]
+        return torch.einsum("kc,bchw->bkhw", self.basis / self.scale[:, None], rows)
+
+    def decode(self, z):
+        rows = torch.einsum("kc,bkhw->bchw", self.basis * self.scale[:, None], z)
+        return F.pixel_shuffle(rows + self.mean[:, None, None], self.patch)
 
 
 # --- plumbing: nothing below is taught
@@ -694,7 +802,7 @@ def output_path(name):
     """Where a notebook writes the file called name: `outputs/`, which git ignores, and in a
     read-only checkout `outputs/` in your home. With the environment variable DDPM_MAINTAINER=1
     pictures go to `img/`, which the README shows."""
-    to_img = name.endswith((".png", ".gif")) and os.environ.get("DDPM_MAINTAINER") == "1"
+    to_img = name.endswith((".png", ".jpg", ".gif")) and os.environ.get("DDPM_MAINTAINER") == "1"
     home = HERE if os.access(HERE, os.W_OK) else pathlib.Path.home()
     folder = home / ("img" if to_img else "outputs")
     folder.mkdir(exist_ok=True)
@@ -985,12 +1093,12 @@ def train(model, schedule, images, steps, batch_size=64, lr=1e-3, ema=None, warm
     are taken as they are. ema: an EMA of the model, updated after every step. lr: the peak of
     the learning rate; warmup: steps until it is reached, by default a tenth of all, at most 200;
     clip: the largest gradient norm. loss_function: simple_loss for a model that predicts ε, v_loss
-    or min_snr_loss for one that predicts v. labels: int64 (N,), for a UNet with classes; each is
-    dropped with probability drop. checkpoint: a file; the run is saved there every checkpoint_every
-    steps; an unfinished run found there is continued, to the same numbers as an undisturbed one,
-    and a finished one is loaded (to train its network further: load_network, and another file).
-    callback(step): called every callback_every steps. Interrupting (the stop button) keeps model,
-    ema and history usable.
+    or min_snr_loss for one that predicts v, flow_loss for a velocity. labels: int64 (N,), for a
+    UNet with classes; each is dropped with probability drop. checkpoint: a file; the run is saved
+    there every checkpoint_every steps; an unfinished run found there is continued, to the same
+    numbers as an undisturbed one, and a finished one is loaded (to train its network further:
+    load_network, and another file). callback(step): called every callback_every steps.
+    Interrupting (the stop button) keeps model, ema and history usable.
 
     Returns the losses so far, a list of floats. FloatingPointError if the loss stops being a
     number: the last good checkpoint is kept. ValueError for other images (floats with nothing below
@@ -1020,7 +1128,8 @@ def train(model, schedule, images, steps, batch_size=64, lr=1e-3, ema=None, warm
     loss_name = f"{inner.__name__} {getattr(loss_function, 'keywords', '')}".strip()
     settings = {"steps": steps, "batch_size": batch_size, "lr": lr, "warmup": warmup, "clip": clip,
                 "seed": int(seed), "ema": ema and float(ema.decay), "loss_function": loss_name,
-                "network": getattr(model, "config", None), "images": crc32(images.cpu().numpy()),
+                "network": getattr(model, "config", None),
+                "images": crc32(images.cpu().contiguous().numpy()),
                 "labels": labels is not None and [crc32(labels.cpu().numpy()), float(drop)],
                 "schedule": crc32(schedule.betas.cpu().numpy())}
     device = next(model.parameters()).device
@@ -1097,8 +1206,9 @@ def save_checkpoint(path, model, schedule, ema=None, **more):
     and how to build it (model.config). OSError where it can't be written, ValueError for values
     that could not be read again: an older file of that name is then untouched.
     """
-    if type(model).__name__ == "NoiseFromV":  # the notebook's own class, too
-        model, more = model.model, {"target": "v", **more}
+    wrapped = {"NoiseFromV": "v", "NoiseFromFlow": "flow"}.get(type(model).__name__)
+    if wrapped:  # the notebook's own class, too
+        model, more = model.model, {"target": wrapped, **more}
     model = getattr(model, "_orig_mod", model)  # torch.compile wraps the network
     content = {"unet": getattr(model, "config", None), "model": model.state_dict(),
                "betas": schedule.betas[1:].cpu(), "ema": ema and ema.model.state_dict(),
@@ -1181,7 +1291,8 @@ def load_network(name="fashion", device="cpu"):
     """The bare network of a checkpoint, to be trained further, and its schedule, both on device.
 
     name: that of shipped weights, or the path of a file of your own, ending in .pt. The weights are
-    the EMA's where the file has one. model.target tells what the network predicts: "noise" or "v".
+    the EMA's where the file has one. model.target tells what the network predicts: "noise", "v" or
+    "flow".
     """
     path = name if str(name).endswith(".pt") else _weights_file(name)
     content = load_checkpoint(path)
@@ -1199,7 +1310,20 @@ def load_pretrained(name="fashion", device="cpu"):
     """
     model, schedule = load_network(name, device)
     model.requires_grad_(False)
+    if model.target == "flow":
+        return NoiseFromFlow(model, schedule, schedule.T).eval(), schedule
     return (NoiseFromV(model, schedule).eval() if model.target == "v" else model), schedule
+
+
+def load_components(name="flowers_latent", device="cpu"):
+    """The PatchPCA in whose latents trained weights work, on device; name: as in load_network."""
+    path = name if str(name).endswith(".pt") else _weights_file(name)
+    content = load_checkpoint(path).get("pca")
+    require(content, f"{name} works on pixels: it holds no components (save_checkpoint(pca=...))")
+    components, numbers = content["basis"].shape
+    pca = PatchPCA(round((numbers / 3) ** 0.5), components)
+    pca.load_state_dict(content)
+    return pca.to(device)
 
 
 def load_classifier(device="cpu"):

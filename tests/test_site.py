@@ -68,7 +68,7 @@ def test_a_page_needs_nothing_from_elsewhere_but_mathjax(site, name):
 def test_a_page_has_all_figures_folds_what_is_folded_and_leads_on(site, path):
     here, cells = page(site, path.stem), read(path)["cells"]
     outputs = [output for cell in cells for output in cell.get("outputs", [])]
-    figures = [o for o in outputs if any("image/png" in kind for kind in o.get("data", {}))]
+    figures = [o for o in outputs if any(kind.startswith("image/") for kind in o.get("data", {}))]
     assert len(figures) <= len(here.all("img")) <= len(figures) + 2
     folded = sum(
         cell["source"].count("<details") + bool(cell["metadata"].get("jupyter")) for cell in cells

@@ -1,7 +1,6 @@
 """What the notebooks of this series share: first what they teach, then the plumbing.
 
-What a notebook teaches is repeated here word for word (by notebooks/copy_taught.py). Below it is
-what nobody wants to read in a lesson. `python ddpm_utils.py` prints "ready", or what is missing.
+copy_taught.py copies what a notebook teaches. `python ddpm_utils.py` says what is missing.
 
 t is the paper's t, 1 ... T; arrays over t have T + 1 entries; entry 0 is the clean image. Images
 are float32 (B, C, H, W) in [-1, 1], data sets uint8 (N, C, H, W). "DDPM": arXiv 2006.11239.
@@ -19,6 +18,7 @@ import random
 import socket
 import sys
 import tempfile
+import warnings
 from zlib import crc32
 
 try:
@@ -1020,16 +1020,28 @@ def to_uint8(x):
 
 # --- pictures
 
+def _pixels(images):
+    """uint8 on the CPU, with a warning where many floats look like [0, 1], which is drawn pale."""
+    if images.dtype == torch.uint8:
+        return images.cpu()
+    u8 = to_uint8(images).cpu()
+    if len(u8) >= 8 and 0 <= images.min() < 0.02 and images.max() <= 1:
+        warnings.warn("no value is below 0: if these images are in [0, 1], draw 2 * x - 1",
+                      stacklevel=3)
+    return u8
+
+
 def show_images(images, titles=None, columns=None, rows=None, title=None, scale=1.0):
     """Draws images in a grid, all in one intensity range, and returns the figure.
 
     images: (N, C, H, W) with C 1 or 3; uint8, or floats of which [-1, 1] is drawn and the rest is
     cut off. titles: N texts, one over each image. columns: images in a row. rows: a name for each
-    row, at its left. title: over all. scale: inches per image. ValueError for other shapes.
+    row, at its left. title: over all. scale: inches per image. ValueError for other shapes; a
+    warning where eight images or more seem to be in [0, 1].
     """
     require(images.dim() == 4 and images.shape[1] in (1, 3) and len(images) > 0,
             f"images must be (N, 1, H, W) or (N, 3, H, W); got {tuple(images.shape)}")
-    u8 = (images if images.dtype == torch.uint8 else to_uint8(images)).cpu().expand(-1, 3, -1, -1)
+    u8 = _pixels(images).expand(-1, 3, -1, -1)
     columns = columns or min(len(u8), 10)
     lines = math.ceil(len(u8) / columns)
     require(titles is None or len(titles) == len(u8), "titles must hold one text per image")
@@ -1061,7 +1073,7 @@ def save_gif(frames, path, milliseconds=60, hold=2000, enlarge=1):
     """
     require(frames.dim() == 3 or frames.dim() == 4 and frames.shape[1] in (1, 3),
             f"frames must be (F, H, W), (F, 1, H, W) or (F, 3, H, W); got {tuple(frames.shape)}")
-    u8 = (frames if frames.dtype == torch.uint8 else to_uint8(frames)).cpu()
+    u8 = _pixels(frames)
     u8 = F.interpolate(u8.reshape(len(u8), -1, *u8.shape[-2:]), scale_factor=enlarge)
     first, *rest = [TF.to_pil_image(frame) for frame in u8]
     _write_whole(path, lambda f: first.save(f, "GIF", loop=0, save_all=True, append_images=rest,

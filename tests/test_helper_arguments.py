@@ -85,7 +85,11 @@ CASES = [
     ("t", lambda t: d.v_loss(silent, SCHEDULE, X, t), NOT_STEPS),
     ("decay", lambda decay: d.EMA(UNET, decay), [-0.1, 1.0, 1.5]),
     ("images", lambda images: train(images=images), [BYTES.float(), BYTES[0], BYTES[:0]]),
-    ("images", lambda images: train(images=images), [torch.rand(4, 1, 8, 8), torch.rand(4, 1, 8, 8) * 255, X.long()]),
+    (
+        "images",
+        lambda images: train(images=images),
+        [torch.rand(4, 1, 8, 8), torch.rand(4, 1, 8, 8) * 255, X.long()],
+    ),
     ("ema", lambda ema: train(ema=ema), [0.995]),
     ("loss_function", lambda f: train(loss_function=f), ["v"]),
     ("sigma", lambda sigma: sample(d.ddpm_sample, sigma=sigma), ["BETA", None]),

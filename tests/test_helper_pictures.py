@@ -127,6 +127,18 @@ def test_floats_up_to_255_are_not_drawn_white(tmp_path):
         to_uint8(fine)  # a sampler without clipping may go far, to both sides
 
 
+def test_floats_from_0_to_1_are_not_drawn_pale_without_a_word(tmp_path, recwarn):
+    x = torch.linspace(0, 1, 8 * 64).view(8, 1, 8, 8)
+    for draw in (show_images, lambda x: save_gif(x, tmp_path / "a.gif")):
+        with pytest.warns(UserWarning, match="2 \\* x - 1") as seen:
+            draw(x)
+        assert seen[0].filename == __file__, "the warning doesn't point at the caller"
+        recwarn.clear()
+        for fine in (2 * x - 1, x / 2 + 0.5, x[:7], (255 * x).to(torch.uint8), 1.5 * x):
+            draw(fine)
+        assert not recwarn.list
+
+
 def test_one_picture_and_many():
     assert isinstance(show_images(ramp(1)), plt.Figure)
     show_images(ramp(23))

@@ -175,9 +175,7 @@ def test_every_slider_has_a_label_and_its_keys_are_told():
             ]
             (interact,) = [call for call in calls if ast.unparse(call.func).endswith("interact")]
             moved = [k for k in interact.keywords if "fixed(" not in ast.unparse(k.value)]
-            assert len(widgets) == len(moved) > 0, (
-                "interact makes its own widgets of plain values"
-            )
+            assert len(widgets) == len(moved) > 0, "interact makes its own widgets of plain values"
             for call in widgets:
                 label = {k.arg: k.value for k in call.keywords}["description"]
                 assert isinstance(label, ast.Constant) and label.value.strip()

@@ -68,7 +68,12 @@ def test_one_command_renames_the_repository(tmp_path):
     subprocess.run(["git", "init", "-q"], cwd=folder, check=True)
     subprocess.run(["git", "add", "."], cwd=folder, check=True)
     subprocess.run(
-        command.replace("you/your-repository", "ada/lessons").replace("you.github.io", "ada.github.io"), shell=True, cwd=folder, check=True
+        command.replace("you/your-repository", "ada/lessons").replace(
+            "you.github.io", "ada.github.io"
+        ),
+        shell=True,
+        cwd=folder,
+        check=True,
     )
     for path in [folder / "ddpm_utils.py", folder / "README.md", *folder.glob("notebooks/*.ipynb")]:
         text = path.read_text(encoding="utf-8")

@@ -74,7 +74,9 @@ if __name__ == "__main__":
         return torch.cat([schedule.predict_x0(x, s, model(x, s)) for x, s in parts])
 
     content = json.loads(RESULTS.read_text())
-    errors = [guess_errors(f, fresh, schedule) for f in (by_filter(filters(z), schedule), by_network)]
+    errors = [
+        guess_errors(f, fresh, schedule) for f in (by_filter(filters(z), schedule), by_network)
+    ]
     content["held out"] = [
         {"t": t, "linear": a, "network": b, "less": 1 - b / a} for t, a, b in zip(PLACES, *errors)
     ]
@@ -89,7 +91,9 @@ if __name__ == "__main__":
         network_v = content["trainings"]["v by t"][name]
         shares = [1 - a / b for a, b in zip(network_v, filter_v)]
         content["scalings"][name] = sum(shares) / len(shares)
-        print(f"{name}: squared error of v below the linear filter's by {content['scalings'][name]:.1%}")
+        print(
+            f"{name}: squared error of v below the linear filter's by {content['scalings'][name]:.1%}"
+        )
     for row in content["held out"]:
         print(f"| {row['t']} | {row['linear']:.3f} | {row['network']:.3f} | {row['less']:.0%} |")
 

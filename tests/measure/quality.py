@@ -176,10 +176,7 @@ def main():
         return
     model, schedule = d.load_pretrained(chosen.weights, device)
     classifier, statistics = d.load_classifier()
-    for n in (
-        1_000,
-        10_000,
-    ):  # the floors: real images against real ones; at 1,000 the mean of ten
+    for n in (1_000, 10_000):  # the floors: real images against real ones; at 1,000 the mean of ten
         if str(n) not in read().get("real test images", {}):
             mixed = test.images[
                 torch.randperm(len(test), generator=torch.Generator().manual_seed(0))

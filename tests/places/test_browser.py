@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.parse
 import urllib.request
 
@@ -96,7 +97,14 @@ class Lab:
             return json.loads(answer.read() or "null")
 
     def idle(self):
-        return all(kernel["execution_state"] == "idle" for kernel in self.ask("api/kernels"))
+        """Whether there is a kernel, and none is busy. While one starts, the list may be answered by a 500."""
+        try:
+            kernels = self.ask("api/kernels")
+        except urllib.error.HTTPError as error:
+            if error.code != 500:
+                raise
+            return False
+        return kernels and all(kernel["execution_state"] == "idle" for kernel in kernels)
 
 
 @pytest.fixture(scope="module")
@@ -248,7 +256,7 @@ def open_notebook(browser, lab, path):
             "css selector", ".jp-NotebookPanel:not(.lm-mod-hidden) .jp-CodeCell"
         ),
     )
-    wait_for("its kernel starts", lambda: lab.ask("api/kernels") and lab.idle())
+    wait_for("its kernel starts", lab.idle)
 
 
 def run_all(browser, lab):

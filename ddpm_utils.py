@@ -731,7 +731,7 @@ class PatchPCA(nn.Module):
         return F.pixel_unshuffle(x, self.patch)
 
     def fit(self, images, power=0.5):
-        """From uint8 images, some hundred or more: scale = std**power, times what makes the
+        """From uint8 images, a few hundred or more: scale = std**power, times what makes the
         latents' mean variance 1."""
         rows = self.fold(to_model_range(images)).transpose(0, 1).flatten(1)     # (numbers, patches)
         values, vectors = torch.linalg.eigh(torch.cov(rows, correction=0).double())

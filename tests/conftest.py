@@ -13,6 +13,7 @@ import pytest
 import torch
 import torchvision
 from refresh import patch_nbclient
+from series import small_unet
 
 patch_nbclient()  # some tests run notebooks with it
 matplotlib.use("Agg")  # in this process only: the kernels that nbval starts choose for themselves
@@ -85,3 +86,13 @@ def send(request, data, length=None):
     request.send_header("Content-Length", str(len(data) if length is None else length))
     request.end_headers()
     request.wfile.write(data)
+
+
+@pytest.fixture
+def network():
+    """A small network with labels whose answers differ from label to label."""
+    model = small_unet(classes=3).eval()
+    torch.manual_seed(4)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model

@@ -7,7 +7,6 @@ import re
 import pytest
 import torch
 from series import ROOT, WEIGHTS, defined_in, small_unet
-from torch import nn
 
 import ddpm_utils
 from ddpm_utils import (
@@ -38,16 +37,6 @@ def space():
     space = defined_in("10", "cosine", "world", "left_open", "bump_noise", "inpaint")
     space["bump_noise"].classes = 2
     return space
-
-
-@pytest.fixture
-def network():
-    """A small network with labels whose answers differ from label to label."""
-    model = small_unet(classes=3).eval()
-    torch.manual_seed(4)
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.2)
-    return model
 
 
 def labels(*values):

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from series import ROOT, WEIGHTS, defined_in, run, small_unet
-from torch import nn
 
 import ddpm_utils
 from ddpm_utils import (
@@ -64,16 +63,6 @@ def one_gaussian(x, t, m=0.3, d=0.2):
     s = t.to(x) / 1000
     variance = (1 - s) ** 2 * d**2 + s**2
     return (x - m - (1 - s) * d**2 / variance * (x - (1 - s) * m)) / s
-
-
-@pytest.fixture
-def network():
-    """A small network with labels whose answers differ from label to label."""
-    model = small_unet(classes=3).eval()
-    torch.manual_seed(4)
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.2)
-    return model
 
 
 # ------------------------------------------------------------------ the dictionary

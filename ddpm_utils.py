@@ -1069,7 +1069,8 @@ def save_gif(frames, path, milliseconds=60, hold=2000, enlarge=1):
 
     frames: uint8 (F, H, W) or (F, C, H, W), or floats of that shape in [-1, 1] (one range for all
     frames). milliseconds: per frame; hold: of the last one. enlarge: whole-number magnification.
-    ValueError for other shapes; OSError where the path can't be written, with no half file left.
+    ValueError for other shapes; OSError where the path can't be written, with no half file left; a
+    warning where eight frames or more seem to be in [0, 1].
     """
     require(frames.dim() == 3 or frames.dim() == 4 and frames.shape[1] in (1, 3),
             f"frames must be (F, H, W), (F, 1, H, W) or (F, 3, H, W); got {tuple(frames.shape)}")
@@ -1281,7 +1282,10 @@ WEIGHTS = {  # SHA-256 of the shipped files
 
 
 def _weights_file(name):
-    """notebooks/weights/<name>.pt, or weights/ beside a helper that came alone; fetched once."""
+    """notebooks/weights/<name>.pt, or weights/ beside a helper that came alone; fetched once. A
+    path that ends in .pt is a file of one's own, and handed back."""
+    if str(name).endswith(".pt"):
+        return name
     folder = HERE / "notebooks" / "weights"
     path = (folder if folder.exists() else HERE / "weights") / f"{name}.pt"
     if not path.exists():
@@ -1306,7 +1310,7 @@ def load_network(name="fashion", device="cpu"):
     the EMA's where the file has one. model.target tells what the network predicts: "noise", "v" or
     "flow".
     """
-    path = name if str(name).endswith(".pt") else _weights_file(name)
+    path = _weights_file(name)
     content = load_checkpoint(path)
     require(content.get("unet"), f"{name} doesn't tell how its UNet was built: use load_checkpoint")
     model, schedule = UNet(**content["unet"]), NoiseSchedule(content["betas"]).to(device)
@@ -1329,8 +1333,7 @@ def load_pretrained(name="fashion", device="cpu"):
 
 def load_components(name="flowers_latent", device="cpu"):
     """The PatchPCA in whose latents trained weights work, on device; name: as in load_network."""
-    path = name if str(name).endswith(".pt") else _weights_file(name)
-    content = load_checkpoint(path).get("pca")
+    content = load_checkpoint(_weights_file(name)).get("pca")
     require(content, f"{name} works on pixels: it holds no components (save_checkpoint(pca=...))")
     components, numbers = content["basis"].shape
     pca = PatchPCA(round((numbers / 3) ** 0.5), components)

@@ -16,13 +16,27 @@ import torch.nn.functional as F
 from torch import nn
 
 import ddpm_utils
-from ddpm_utils import EMA, UNet, linear_schedule, train
+from ddpm_utils import (
+    EMA,
+    UNet,
+    ddim_sample,
+    ddpm_sample,
+    dpm_solver_sample,
+    linear_schedule,
+    train,
+)
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 NOTEBOOKS = ROOT / "notebooks"
 PATHS = sorted(NOTEBOOKS.glob("*.ipynb"))
 WEIGHTS = NOTEBOOKS / "weights"
 SCHEDULE = linear_schedule(50)
+SAMPLERS = {
+    "ddpm": (ddpm_sample, {}),
+    "ddim": (ddim_sample, {"steps": 5}),
+    "ddim, eta 1": (ddim_sample, {"steps": 5, "eta": 1.0}),
+    "dpm": (dpm_solver_sample, {"steps": 5}),
+}
 
 each_notebook = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
 
@@ -109,6 +123,13 @@ def everything_in(folder):
 def small_unet(seed=1, **options):
     torch.manual_seed(seed)
     return UNet(channels=(8, 16), **options)
+
+
+def four_samples(name, model, schedule):
+    """Four images of 8x8 from one of SAMPLERS, the same noise for whichever model."""
+    sampler, options = SAMPLERS[name]
+    draws = torch.Generator().manual_seed(0)
+    return sampler(model, schedule, 4, shape=(1, 8, 8), progress=False, generator=draws, **options)
 
 
 def some_images(n=32, seed=2):

@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from series import ROOT, WEIGHTS, defined_in, small_unet
+from series import ROOT, SAMPLERS, WEIGHTS, defined_in, four_samples, small_unet
 
 import ddpm_utils
 from ddpm_utils import (
@@ -14,7 +14,6 @@ from ddpm_utils import (
     NoiseFromV,
     cosine_schedule,
     ddim_sample,
-    ddpm_sample,
     dpm_solver_sample,
     drop_labels,
     garment_features,
@@ -24,12 +23,6 @@ from ddpm_utils import (
 )
 
 COSINE = cosine_schedule()
-SAMPLERS = {
-    "ddpm": (ddpm_sample, {}),
-    "ddim": (ddim_sample, {"steps": 5}),
-    "ddim, eta 1": (ddim_sample, {"steps": 5, "eta": 1.0}),
-    "dpm": (dpm_solver_sample, {"steps": 5}),
-}
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +140,6 @@ def test_guided_in_every_sampler(network, name, predicts):
     """w = 0 and 1 are the network without and with its labels, w = 2.5 two calls added by hand."""
     schedule, y = linear_schedule(20), labels()
     model = network if predicts == "noise" else NoiseFromV(network, schedule)
-    sampler, options = SAMPLERS[name]
     by_hand = {
         0: lambda xt, t: model(xt, t),
         1: lambda xt, t: model(xt, t, y),
@@ -155,16 +147,7 @@ def test_guided_in_every_sampler(network, name, predicts):
     }
     for w, expected in by_hand.items():
         ends = [
-            sampler(
-                predict,
-                schedule,
-                4,
-                shape=(1, 8, 8),
-                progress=False,
-                generator=torch.Generator().manual_seed(0),
-                **options,
-            )
-            for predict in (Guided(model, y, w), expected)
+            four_samples(name, predict, schedule) for predict in (Guided(model, y, w), expected)
         ]
         torch.testing.assert_close(*ends, rtol=0, atol=1e-3)  # of another batch size
 

@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from series import ROOT, WEIGHTS, defined_in, run, small_unet
+from series import ROOT, SAMPLERS, WEIGHTS, defined_in, four_samples, run, small_unet
 
 import ddpm_utils
 from ddpm_utils import (
@@ -18,8 +18,6 @@ from ddpm_utils import (
     NoiseFromV,
     cosine_schedule,
     ddim_sample,
-    ddpm_sample,
-    dpm_solver_sample,
     flow_loss,
     flow_sample,
     linear_schedule,
@@ -31,12 +29,6 @@ from ddpm_utils import (
 
 COSINE = cosine_schedule()
 WEIGHT, MEAN, STD = [0.35, 0.65], [-0.7, 0.5], [0.12, 0.18]  # the two bumps, by hand
-SAMPLERS = {
-    "ddpm": (ddpm_sample, {}),
-    "ddim": (ddim_sample, {"steps": 5}),
-    "ddim, eta 1": (ddim_sample, {"steps": 5, "eta": 1.0}),
-    "dpm": (dpm_solver_sample, {"steps": 5}),
-}
 
 
 def bumps(x, s):
@@ -356,17 +348,8 @@ def test_every_sampler_takes_it_and_guided_too(network, name, w):
     """Guided through the wrapper against velocities guided by hand, within a wrapper."""
     network.target, y, schedule = "flow", torch.tensor([0, 1, 2, 2]), linear_schedule(20)
     by_hand = lambda x, t: w * network(x, t, y) + (1 - w) * network(x, t)
-    sampler, options = SAMPLERS[name]
     ends = [
-        sampler(
-            model,
-            schedule,
-            4,
-            shape=(1, 8, 8),
-            progress=False,
-            generator=torch.Generator().manual_seed(0),
-            **options,
-        )
+        four_samples(name, model, schedule)
         for model in (
             Guided(NoiseFromFlow(network, schedule), y, w),
             NoiseFromFlow(by_hand, schedule),

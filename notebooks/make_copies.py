@@ -27,7 +27,7 @@ SOLUTION = re.compile(r"\s*<details><summary>Solution of exercise \d+</summary>"
 WIDTH, HEIGHT = 1067, 600
 LOOK = (
     """<style>
-:root { --jp-content-font-size1: 19px; --jp-code-font-size: 14px; --jp-cell-prompt-width: 0px; }
+:root { --jp-content-font-size1: 18px; --jp-code-font-size: 14px; --jp-cell-prompt-width: 0px; }
 .reveal .slides > section, .reveal .slides > section > section { padding: 0; }
 .reveal .slides section section { max-height: %dpx; overflow-y: auto; }
 .reveal .slides { text-align: left; }
@@ -37,7 +37,7 @@ LOOK = (
 .reveal .jp-RenderedImage img { margin: 4px 0; max-width: 100%%; }
 .reveal pre { width: 100%%; font-size: 14px; box-shadow: none; margin: 0; }
 .reveal .jp-CodeCell:has(.jp-RenderedImage) .jp-InputArea pre {
-  max-height: 160px; overflow-y: auto; }
+  max-height: 62px; overflow-y: auto; }
 .reveal .jp-RenderedHTMLCommon :not(pre) > code { font-size: 17px; }
 </style>"""
     % HEIGHT

@@ -4,6 +4,7 @@
     python tests/measure/flow.py --images 10000           with more images
     python tests/measure/flow.py --pair v.pt flow.pt      of two networks that were trained alike (see the card)
     python tests/measure/flow.py --twins 2                of small networks, trained alike here, two seeds
+    python tests/measure/flow.py --reflow 4096 800        of fashion_flow.pt before and after a small round of reflow
     python tests/measure/flow.py --table                  print what was measured
 
 Nothing is clipped, no label is given; images 100 k to 100 k + 99 start from the noise of seed k, whatever the network and
@@ -90,6 +91,35 @@ def twins(seed, n, judge, steps=1_200):
                 loss=round(sum(losses[-200:]) / 200, 4))  # fmt: skip
 
 
+def reflow(pairs, steps, n, judge, rate=2e-4):
+    """One round from the shipped weights: noises and their own ends, then training on their lines."""
+    network, schedule = d.load_network("fashion_flow")
+    wrapped, draws = d.NoiseFromFlow(network, schedule).eval(), torch.Generator().manual_seed(10_000)
+    noises = torch.randn(pairs, 1, 28, 28, generator=draws)
+    ends = torch.cat([
+        d.dpm_solver_sample(wrapped, schedule, len(part), 20, clip=False, x_T=part, progress=False)
+        for part in noises.split(128)])  # fmt: skip
+    print("pairs are drawn", flush=True)
+    ema = d.EMA(network, decay=0.99)
+    optimizer = torch.optim.Adam(network.parameters())
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = d.learning_rate(step, steps, rate, warmup=20)
+        pick = torch.randint(pairs, (32,), generator=draws)
+        t = torch.randint(1, schedule.T + 1, (32,), generator=draws)
+        loss = d.flow_loss(network, schedule, ends[pick], t, noises[pick])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        ema.update(network)
+        if step % 100 == 0:
+            print(step, f"{loss.item():.3f}", flush=True)
+    ema.model.target = "flow"
+    before = d.load_network("fashion_flow")[0].requires_grad_(False)
+    for name, model in (("before", before), ("after", ema.model)):
+        measure(f"reflow, {pairs} pairs, {steps} steps", f"{name}, ", model, schedule, n, judge,
+                (1, 2, 4), SAMPLERS[2:])  # fmt: skip
+
+
 def read():
     return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
 
@@ -101,6 +131,7 @@ def main():
     parser.add_argument("--images", type=int, default=1_000)
     parser.add_argument("--pair", nargs=2, help="checkpoints of two networks, whose EMA is taken")
     parser.add_argument("--twins", type=int, default=0, metavar="SEEDS")
+    parser.add_argument("--reflow", nargs=2, type=int, metavar=("PAIRS", "STEPS"))
     parser.add_argument("--table", action="store_true")
     chosen = parser.parse_args()
     if chosen.table:
@@ -114,6 +145,8 @@ def main():
         twins(seed, n, judge)
     if chosen.twins:
         return
+    if chosen.reflow:
+        return reflow(*chosen.reflow, n, judge)
     if chosen.pair is None:
         network, schedule = d.load_network("fashion_flow", device)
         measure(

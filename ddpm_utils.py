@@ -190,7 +190,7 @@ class UNet(nn.Module):
     channels, and the last layer unfolds them (notebook 07). So H and W must be multiples of
     patch * 2^(len(channels) - 1). classes: with a number, forward takes labels y int64 (B,) from 0
     to classes, the last of which means "no label" and is what y=None gives (notebook 10).
-    ValueError for other inputs. Ronneberger et al. 2015 (arXiv 1505.04597) for the shape, DDPM
+    ValueError for other x and t. Ronneberger et al. 2015 (arXiv 1505.04597) for the shape, DDPM
     appendix B for the parts.
     """
 
@@ -1111,7 +1111,7 @@ def train(model, schedule, images, steps, batch_size=64, lr=1e-3, ema=None, warm
     there every checkpoint_every steps; an unfinished run found there is continued, to the same
     numbers as an undisturbed one, and a finished one is loaded (to train its network further:
     load_network, and another file). callback(step): called every callback_every steps.
-    Interrupting (the stop button) keeps model, ema and history usable.
+    Interrupting (the stop button) keeps model, ema and the losses usable.
 
     Returns the losses so far, a list of floats. FloatingPointError if the loss stops being a
     number: the last good checkpoint is kept. ValueError for other images (floats with nothing below
@@ -1135,7 +1135,7 @@ def train(model, schedule, images, steps, batch_size=64, lr=1e-3, ema=None, warm
         ema.model.target = target
     require(labels is None or labels.dtype == torch.int64 and labels.shape == (len(images),)
             and 0 <= int(labels.min()) and int(labels.max()) < classes,
-            f"labels must be int64, one per image, from 0 to {classes - 1}, the network's classes")
+            f"labels must be int64, one per image, below {classes}, the network's number of classes")
     steps, batch_size, lr, clip = int(steps), int(batch_size), float(lr), float(clip)
     warmup = min(200, steps // 10) if warmup is None else int(warmup)
     loss_name = f"{inner.__name__} {getattr(loss_function, 'keywords', '')}".strip()
@@ -1267,7 +1267,8 @@ def _fill(path, content, model, ema):
             ema.model.load_state_dict(content["ema"])
             ema.updates, ema.model.target = content["ema_updates"], content.get("target")
     except (RuntimeError, TypeError) as error:
-        raise ValueError(f"{path} does not fit: it is of UNet(**{content.get('unet')})") from error
+        built = f"UNet(**{content['unet']})" if content.get("unet") else "another network"
+        raise ValueError(f"{path} does not fit: it is of {built}") from error
 
 
 # --- trained weights
@@ -1276,6 +1277,7 @@ WEIGHTS = {  # SHA-256 of the shipped files
     "fashion": "4ac830e5460ffefba105ea22776dee6cc827f684cb64f6bbee12501f5eb94b91",
     "fashion_labels": "ee08d43be297a224742aacfc585327bdaeb116a498ca1033d928838c6a947723",
     "fashion_flow": "d1e29ad683db10494d47eabaac97b8e9c0dfc6ff4e807f825549caf76f6740ed",
+    "fashion_reflow": "93086fa9e716f4a24b2e1250a628df10929a85db8669bfa4cbb718e127d5d253",
     "classifier": "1240bdf1183e8058c53184b4a48de7b0694ed1eefc07c285abac7f326e2896bf",
     "flowers_128": "c49231a2989036cb658c7f91254b3e955b60b818f4e307dc583c09dcb44cb2df",
     "flowers_latent": "1fa3212e53ac7d77952f5d8e78e0de2f96739a0becdd2bf47588eccb7088114c"}

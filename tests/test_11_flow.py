@@ -402,3 +402,11 @@ def test_the_card_prints_what_was_measured():
     for row, numbers in rows.items():
         sampler, calls, n = re.match(r"(.+), (\d+) calls, (\d+) images", row).groups()
         assert f"| {sampler} | {calls} | {int(n):,} | {numbers['distance']:.1f} |" in card, row
+    reflow = (WEIGHTS / "fashion_reflow.md").read_text(encoding="utf-8")
+    for row, after in found[ddpm_utils.WEIGHTS["fashion_reflow"][:12]].items():
+        sampler, calls = re.match(r"(.+), (\d+) calls", row).groups()
+        before = rows[row]["distance"]
+        assert f"| {sampler} | {calls} | {before:.1f} | {after['distance']:.1f} |" in reflow, row
+    assert "49.2,\n26.3 and 16.9" in reflow
+    trial = found["reflow, 4096 pairs, 800 steps"].values()
+    assert [round(numbers["distance"], 1) for numbers in trial][-3:] == [49.2, 26.3, 16.9]

@@ -1,10 +1,10 @@
 """Flow matching by numbers: Fréchet distances over samplers and calls. A script, not a test.
 
-    python tests/measure/flow.py                          measure each row of fashion_flow.pt that is missing
+    python tests/measure/flow.py                          measure each row of the shipped weights that is missing
     python tests/measure/flow.py --images 10000           with more images
     python tests/measure/flow.py --pair v.pt flow.pt      of two networks that were trained alike (see the card)
     python tests/measure/flow.py --twins 2                of small networks, trained alike here, two seeds
-    python tests/measure/flow.py --reflow 4096 800        of fashion_flow.pt before and after a small round of reflow
+    python tests/measure/flow.py --reflow 10000 4000 f.pt a round of reflow from fashion_flow.pt, trained here
     python tests/measure/flow.py --table                  print what was measured
 
 Nothing is clipped, no label is given; images 100 k to 100 k + 99 start from the noise of seed k, whatever the network and
@@ -91,33 +91,28 @@ def twins(seed, n, judge, steps=1_200):
                 loss=round(sum(losses[-200:]) / 200, 4))  # fmt: skip
 
 
-def reflow(pairs, steps, n, judge, rate=2e-4):
+def pair_loss(model, schedule, pairs, t, noise):
+    """flow_loss of given pairs (B, 2, H, W), an end and the noise that it came from."""
+    return d.flow_loss(model, schedule, pairs[:, :1], t, pairs[:, 1:])
+
+
+pair_loss.target = "flow"
+
+
+def reflow(pairs, steps, file):
     """One round from the shipped weights: noises and their own ends, then training on their lines."""
     network, schedule = d.load_network("fashion_flow")
-    wrapped, draws = d.NoiseFromFlow(network, schedule).eval(), torch.Generator().manual_seed(10_000)
-    noises = torch.randn(pairs, 1, 28, 28, generator=draws)
-    ends = torch.cat([
-        d.dpm_solver_sample(wrapped, schedule, len(part), 20, clip=False, x_T=part, progress=False)
-        for part in noises.split(128)])  # fmt: skip
-    print("pairs are drawn", flush=True)
-    ema = d.EMA(network, decay=0.99)
-    optimizer = torch.optim.Adam(network.parameters())
-    for step in range(steps):
-        optimizer.param_groups[0]["lr"] = d.learning_rate(step, steps, rate, warmup=20)
-        pick = torch.randint(pairs, (32,), generator=draws)
-        t = torch.randint(1, schedule.T + 1, (32,), generator=draws)
-        loss = d.flow_loss(network, schedule, ends[pick], t, noises[pick])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        ema.update(network)
-        if step % 100 == 0:
-            print(step, f"{loss.item():.3f}", flush=True)
-    ema.model.target = "flow"
-    before = d.load_network("fashion_flow")[0].requires_grad_(False)
-    for name, model in (("before", before), ("after", ema.model)):
-        measure(f"reflow, {pairs} pairs, {steps} steps", f"{name}, ", model, schedule, n, judge,
-                (1, 2, 4), SAMPLERS[2:])  # fmt: skip
+    wrapped, part = d.NoiseFromFlow(network, schedule).eval(), pathlib.Path(f"{file}.pairs")
+    if not part.exists():
+        draws = torch.Generator().manual_seed(10_000)
+        noises = torch.randn(pairs, 1, 28, 28, generator=draws).split(100)
+        ends = [d.dpm_solver_sample(wrapped, schedule, 100, 20, clip=False, x_T=x, progress=False)
+                for x in d.progress_bar(noises, "pairs")]  # fmt: skip
+        torch.save(torch.cat([torch.cat(ends), torch.cat(noises)], dim=1), part)
+    ema = d.EMA(network, decay=0.998)
+    d.train(network, schedule, torch.load(part, weights_only=True), steps, batch_size=32, lr=3e-4,
+            ema=ema, loss_function=pair_loss, checkpoint=f"{file}.part")  # fmt: skip
+    d.save_checkpoint(file, ema.model, schedule)
 
 
 def read():
@@ -131,7 +126,7 @@ def main():
     parser.add_argument("--images", type=int, default=1_000)
     parser.add_argument("--pair", nargs=2, help="checkpoints of two networks, whose EMA is taken")
     parser.add_argument("--twins", type=int, default=0, metavar="SEEDS")
-    parser.add_argument("--reflow", nargs=2, type=int, metavar=("PAIRS", "STEPS"))
+    parser.add_argument("--reflow", nargs=3, metavar=("PAIRS", "STEPS", "FILE"))
     parser.add_argument("--table", action="store_true")
     chosen = parser.parse_args()
     if chosen.table:
@@ -146,12 +141,14 @@ def main():
     if chosen.twins:
         return
     if chosen.reflow:
-        return reflow(*chosen.reflow, n, judge)
+        return reflow(int(chosen.reflow[0]), int(chosen.reflow[1]), chosen.reflow[2])
     if chosen.pair is None:
-        network, schedule = d.load_network("fashion_flow", device)
-        measure(
-            d.WEIGHTS["fashion_flow"][:12], "", network.requires_grad_(False), schedule, n, judge
-        )
+        for name, *what in (("fashion_flow", CALLS, SAMPLERS),
+                            ("fashion_flow", (1, 2, 4), SAMPLERS[2:]),
+                            ("fashion_reflow", (1, 2, 4, 20), SAMPLERS[2:])):  # fmt: skip
+            network, schedule = d.load_network(name, device)
+            network.requires_grad_(False)
+            measure(d.WEIGHTS[name][:12], "", network, schedule, n, judge, *what)
         return
     steps = {d.load_checkpoint(path).get("step", 0) for path in chosen.pair}
     d.require(len(steps) == 1, f"the pair must have been trained equally long; steps {steps}")

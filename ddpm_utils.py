@@ -1135,7 +1135,7 @@ def train(model, schedule, images, steps, batch_size=64, lr=1e-3, ema=None, warm
         ema.model.target = target
     require(labels is None or labels.dtype == torch.int64 and labels.shape == (len(images),)
             and 0 <= int(labels.min()) and int(labels.max()) < classes,
-            f"labels must be int64, one per image, below {classes}, the network's number of classes")
+            f"labels must be int64, one per image, below the network's {classes} classes")
     steps, batch_size, lr, clip = int(steps), int(batch_size), float(lr), float(clip)
     warmup = min(200, steps // 10) if warmup is None else int(warmup)
     loss_name = f"{inner.__name__} {getattr(loss_function, 'keywords', '')}".strip()

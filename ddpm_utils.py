@@ -1133,9 +1133,10 @@ def train(model, schedule, images, steps, batch_size=64, lr=1e-3, ema=None, warm
                                     "take another, or set model.target = None to change it")
     if ema is not None:
         ema.model.target = target
+    require(labels is None or classes > 0, "this network takes no labels: UNet(classes=10) does")
     require(labels is None or labels.dtype == torch.int64 and labels.shape == (len(images),)
             and 0 <= int(labels.min()) and int(labels.max()) < classes,
-            f"labels must be int64, one per image, below the network's {classes} classes")
+            f"labels must be int64, one per image, from 0 to {classes - 1}, the network's classes")
     steps, batch_size, lr, clip = int(steps), int(batch_size), float(lr), float(clip)
     warmup = min(200, steps // 10) if warmup is None else int(warmup)
     loss_name = f"{inner.__name__} {getattr(loss_function, 'keywords', '')}".strip()

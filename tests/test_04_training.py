@@ -579,7 +579,7 @@ def test_a_labelled_run_goes_on_to_the_same_numbers(tmp_path):
     ids=["length", "too large", "negative", "floats"],
 )
 def test_wrong_labels_are_named(wrong):
-    with pytest.raises(ValueError, match="labels must be int64.*below the network's 10 classes"):
+    with pytest.raises(ValueError, match="labels must be int64.*from 0 to 9"):
         labelled_run(labels=wrong)
 
 

@@ -409,4 +409,4 @@ def test_the_card_prints_what_was_measured():
         assert f"| {sampler} | {calls} | {before:.1f} | {after['distance']:.1f} |" in reflow, row
     assert "49.2,\n26.3 and 16.9" in reflow
     trial = found["reflow, 4096 pairs, 800 steps"].values()
-    assert [round(numbers["distance"], 1) for numbers in trial][-3:] == [49.2, 26.3, 16.9]
+    assert [round(numbers["distance"], 1) for numbers in trial] == [49.2, 26.3, 16.9]

@@ -15,27 +15,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import ddpm_utils
-from ddpm_utils import (
-    EMA,
-    UNet,
-    ddim_sample,
-    ddpm_sample,
-    dpm_solver_sample,
-    linear_schedule,
-    train,
-)
+import ddpm_utils as d
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 NOTEBOOKS = ROOT / "notebooks"
 PATHS = sorted(NOTEBOOKS.glob("*.ipynb"))
 WEIGHTS = NOTEBOOKS / "weights"
-SCHEDULE = linear_schedule(50)
+SCHEDULE = d.linear_schedule(50)
 SAMPLERS = {
-    "ddpm": (ddpm_sample, {}),
-    "ddim": (ddim_sample, {"steps": 5}),
-    "ddim, eta 1": (ddim_sample, {"steps": 5, "eta": 1.0}),
-    "dpm": (dpm_solver_sample, {"steps": 5}),
+    "ddpm": (d.ddpm_sample, {}),
+    "ddim": (d.ddim_sample, {"steps": 5}),
+    "ddim, eta 1": (d.ddim_sample, {"steps": 5, "eta": 1.0}),
+    "dpm": (d.dpm_solver_sample, {"steps": 5}),
 }
 
 each_notebook = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
@@ -72,37 +63,23 @@ def printed(cell):
 
 
 def has_figure(cell):
-    return any(
-        key.startswith("image/") for output in cell["outputs"] for key in output.get("data", {})
-    )
+    return any(k.startswith("image/") for out in cell["outputs"] for k in out.get("data", {}))
 
 
 def defined_in(number, *wanted):
     """A namespace with the functions, classes and constants called wanted, out of a notebook."""
     path = next(NOTEBOOKS.glob(f"{number}_*.ipynb"))
-    space = {
-        "math": math,
-        "torch": torch,
-        "np": np,
-        "F": F,
-        "nn": nn,
-        "device": torch.device("cpu"),
-        **{name: value for name, value in vars(ddpm_utils).items() if name[0] != "_"},
-    }
+    space = {name: value for name, value in vars(d).items() if name[0] != "_"}
+    space |= {"math": math, "torch": torch, "np": np, "F": F, "nn": nn,
+              "device": torch.device("cpu")}
     for cell in code_cells(path):
         if any(tag.startswith(("exercise", "check", "setup")) for tag in cell["tags"]):
             continue
         for node in ast.parse(cell["source"]).body:
-            names = (
-                {node.name}
-                if isinstance(node, (ast.FunctionDef, ast.ClassDef))
-                else {
-                    leaf.id
-                    for target in getattr(node, "targets", [])
-                    for leaf in ast.walk(target)
-                    if isinstance(leaf, ast.Name)
-                }
-            )
+            targets = [leaf for target in getattr(node, "targets", []) for leaf in ast.walk(target)]
+            names = {leaf.id for leaf in targets if isinstance(leaf, ast.Name)}
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                names = {node.name}
             if names & set(wanted):
                 exec(compile(ast.Module([node], []), path.name, "exec"), space)
     missing = set(wanted) - set(space)
@@ -112,9 +89,8 @@ def defined_in(number, *wanted):
 
 def everything_in(folder):
     """{path inside folder: bytes} of every file in it."""
-    return {
-        str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
-    }
+    return {str(path.relative_to(folder)): path.read_bytes()
+            for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 # ------------------------------------------------------------------ small runs
@@ -122,7 +98,7 @@ def everything_in(folder):
 
 def small_unet(seed=1, **options):
     torch.manual_seed(seed)
-    return UNet(channels=(8, 16), **options)
+    return d.UNet(channels=(8, 16), **options)
 
 
 def four_samples(name, model, schedule):
@@ -141,15 +117,13 @@ def run(steps=12, model=None, images=None, **options):
     """A training of a second: (model, losses)."""
     model = model or small_unet()
     options = {"batch_size": 4, "warmup": 3, "progress": False, **options}
-    return model, train(
-        model, SCHEDULE, some_images() if images is None else images, steps, **options
-    )
+    images = some_images() if images is None else images
+    return model, d.train(model, SCHEDULE, images, steps, **options)
 
 
 def same_weights(one, other):
-    return all(
-        torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values())
-    )
+    pairs = zip(one.state_dict().values(), other.state_dict().values())
+    return all(torch.equal(a, b) for a, b in pairs)
 
 
 class Stop(Exception):
@@ -167,27 +141,20 @@ def stop_at(step):
 def unfinished(file, with_ema=False, **options):
     """A run of 12 steps that was stopped at step 4, in file."""
     model = options.pop("model", None) or small_unet()
+    ema = d.EMA(model, 0.9) if with_ema else None
     with pytest.raises(Stop):
-        run(
-            12,
-            model,
-            checkpoint=file,
-            checkpoint_every=4,
-            callback=stop_at(4),
-            callback_every=4,
-            ema=EMA(model, 0.9) if with_ema else None,
-            **options,
-        )
+        run(12, model, checkpoint=file, checkpoint_every=4, callback=stop_at(4), callback_every=4,
+            ema=ema, **options)
     return file
 
 
 CHILD = """
     import sys
     sys.path[:0] = {paths!r}
-    from series import EMA, run, small_unet, torch
+    from series import d, run, small_unet, torch
     torch.set_num_threads(1)
     model = small_unet()
-    run(2000, model, ema=EMA(model, 0.9), checkpoint={file!r}, checkpoint_every=1,
+    run(2000, model, ema=d.EMA(model, 0.9), checkpoint={file!r}, checkpoint_every=1,
         callback=lambda step: print(step, flush=True), callback_every=1)
 """
 

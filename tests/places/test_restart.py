@@ -154,10 +154,10 @@ def test_two_trainings_at_once_with_a_checkpoint_each(tmp_path):
     code = """
         import sys
         sys.path[:0] = [{tests!r}]
-        from series import EMA, run, small_unet, torch
+        from series import d, run, small_unet, torch
         torch.set_num_threads(1)
         model = small_unet()
-        run(20, model, ema=EMA(model, 0.9), seed=int(sys.argv[1]), checkpoint=sys.argv[2], checkpoint_every=1)
+        run(20, model, ema=d.EMA(model, 0.9), seed=int(sys.argv[1]), checkpoint=sys.argv[2], checkpoint_every=1)
     """
     code = textwrap.dedent(code.format(tests=str(ROOT / "tests")))
     runs = [("1", "one.pt"), ("2", "two.pt"), ("3", "shared.pt"), ("3", "shared.pt")]

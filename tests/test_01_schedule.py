@@ -6,16 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from ddpm_utils import (
-    GaussianMixture,
-    NoiseSchedule,
-    at,
-    cosine_schedule,
-    linear_schedule,
-    two_bumps,
-)
+import ddpm_utils as d
 
-SCHEDULES = [linear_schedule, cosine_schedule]
+SCHEDULES = [d.linear_schedule, d.cosine_schedule]
 each_schedule = pytest.mark.parametrize("make", SCHEDULES, ids=["linear", "cosine"])
 
 
@@ -36,7 +29,7 @@ def test_a_short_chain_with_the_betas_of_a_long_one_keeps_signal():
     betas = np.linspace(1e-4, 0.02, 200)
     left = math.prod(1 - b for b in betas)
     assert left == pytest.approx(0.13, abs=0.005)
-    assert float(NoiseSchedule(betas).alpha_bars[200]) == pytest.approx(left, rel=1e-5)
+    assert float(d.NoiseSchedule(betas).alpha_bars[200]) == pytest.approx(left, rel=1e-5)
 
 
 @each_schedule
@@ -57,16 +50,16 @@ def test_form_of_the_arrays(make, T):
 
 def test_linear_betas_by_hand():
     for T in (10, 200, 1000):
-        schedule = linear_schedule(T)
+        schedule = d.linear_schedule(T)
         for t in (1, 2, T // 2, T):
             beta = (1e-4 + (0.02 - 1e-4) * (t - 1) / (T - 1)) * 1000 / T
             assert float(schedule.betas[t]) == pytest.approx(min(beta, 0.999), rel=1e-6)
-    assert float(linear_schedule().betas[1]) == pytest.approx(1e-4) and linear_schedule().T == 1000
+    assert float(d.linear_schedule().betas[1]) == pytest.approx(1e-4) and d.linear_schedule().T == 1000
 
 
 def test_cosine_alpha_bars_by_hand():
     T, s = 1000, 0.008
-    schedule = cosine_schedule(T)
+    schedule = d.cosine_schedule(T)
 
     def f(t):
         return math.cos((t / T + s) / (1 + s) * math.pi / 2) ** 2
@@ -94,29 +87,27 @@ def test_closed_form_is_the_iterated_chain_exactly(make, T):
 
 def test_closed_form_is_the_iterated_chain_by_monte_carlo():
     T, n, start = 50, 40_000, 0.7
-    schedule = linear_schedule(T)
+    schedule = d.linear_schedule(T)
     chain = torch.full((n,), start)
     for t in range(1, 21):
         beta = schedule.betas[t]
         chain = (1 - beta).sqrt() * chain + beta.sqrt() * torch.randn(n)
     at_once = schedule.q_sample(torch.full((n,), start), torch.full((n,), 20), torch.randn(n))
     for x in (chain, at_once):
-        mean, variance = (
-            start * math.sqrt(schedule.alpha_bars[20]),
-            1 - float(schedule.alpha_bars[20]),
-        )
+        mean, variance = (start * math.sqrt(schedule.alpha_bars[20]),
+                          1 - float(schedule.alpha_bars[20]))
         assert abs(float(x.mean()) - mean) < 5 * math.sqrt(variance / n)
         assert abs(float(x.var()) - variance) < 5 * variance * math.sqrt(2 / n)
 
 
 def test_q_sample_at_0_gives_x0_back():
     x0, noise = torch.rand(3, 1, 4, 4), torch.randn(3, 1, 4, 4)
-    assert torch.equal(linear_schedule().q_sample(x0, steps(0, 0, 0), noise), x0)
+    assert torch.equal(d.linear_schedule().q_sample(x0, steps(0, 0, 0), noise), x0)
 
 
 @pytest.mark.parametrize("trailing", [(), (2,), (1, 28, 28), (3, 16, 8)])
 def test_any_trailing_shape_and_each_picture_its_own_t(trailing):
-    schedule = cosine_schedule(100)
+    schedule = d.cosine_schedule(100)
     x0, noise, t = torch.rand(5, *trailing), torch.randn(5, *trailing), steps(1, 30, 2, 100, 99)
     xt = schedule.q_sample(x0, t, noise)
     mean, variance = schedule.q_posterior(x0, xt, t)
@@ -142,7 +133,7 @@ def test_predict_x0_undoes_q_sample(make):
 
 
 def test_snr():
-    schedule = linear_schedule(100)
+    schedule = d.linear_schedule(100)
     snr = schedule.snr()
     assert snr.shape == (101,) and torch.isinf(snr[0])
     a = schedule.alpha_bars[1:].double()
@@ -151,25 +142,25 @@ def test_snr():
 
 
 def test_to_moves_a_copy():
-    schedule = linear_schedule(10)
+    schedule = d.linear_schedule(10)
     moved = schedule.to("meta")  # a device that every machine has
-    assert moved.T == 10 and isinstance(moved, NoiseSchedule)
+    assert moved.T == 10 and isinstance(moved, d.NoiseSchedule)
     assert all(v.device.type == "meta" for v in vars(moved).values() if torch.is_tensor(v))
     assert schedule.betas.device.type == "cpu"
 
 
 def test_computed_in_float64():
     """With a thousand tiny β a float32 product of α would be off in the fifth digit of 1 - ᾱ."""
-    schedule = NoiseSchedule([1e-7] * 1000)
+    schedule = d.NoiseSchedule([1e-7] * 1000)
     exact = 1 - (1 - 1e-7) ** 1000
     assert float(schedule.noise_scale[1000]) ** 2 == pytest.approx(exact, rel=1e-6)
 
 
 def test_at_picks_and_reshapes():
     values = torch.arange(5.0)
-    picked = at(values, steps(4, 2), torch.zeros(2, 3, 4))
+    picked = d.at(values, steps(4, 2), torch.zeros(2, 3, 4))
     assert picked.shape == (2, 1, 1) and picked.flatten().tolist() == [4, 2]
-    assert at(values, steps(3), torch.zeros(1)).shape == (1,)
+    assert d.at(values, steps(3), torch.zeros(1)).shape == (1,)
 
 
 # ------------------------------------------------------------------ the mixture
@@ -182,11 +173,9 @@ def test_the_noised_mixture_is_the_convolution_of_the_clean_one(signal, noise):
     """q(x) = the sum over x_0 of q(x_0) N(x; signal x_0, noise²), on a grid, in numpy."""
     x = torch.tensor([-1.0, -0.2, 0.4, 1.1])
     grid = np.linspace(-3, 3, 60_001)
-    clean = sum(
-        w / (s * math.sqrt(2 * math.pi)) * np.exp(-((grid - m) ** 2) / (2 * s**2))
-        for w, m, s in ((0.35, -0.7, 0.12), (0.65, 0.5, 0.18))
-    )
-    for value, found in zip(x.tolist(), two_bumps().log_density(x, signal, noise).exp().tolist()):
+    clean = sum(w / (s * math.sqrt(2 * math.pi)) * np.exp(-((grid - m) ** 2) / (2 * s**2)) for w, m,
+                s in ((0.35, -0.7, 0.12), (0.65, 0.5, 0.18)))
+    for value, found in zip(x.tolist(), d.two_bumps().log_density(x, signal, noise).exp().tolist()):
         if noise == 0:
             expected = np.interp(value, grid, clean)
         else:
@@ -197,12 +186,12 @@ def test_the_noised_mixture_is_the_convolution_of_the_clean_one(signal, noise):
 
 def test_density_in_the_plane_integrates_to_one():
     side = torch.linspace(-6, 6, 601)
-    density = GaussianMixture(*PLANE).log_density(torch.cartesian_prod(side, side), 0.7, 0.7).exp()
+    density = d.GaussianMixture(*PLANE).log_density(torch.cartesian_prod(side, side), 0.7, 0.7).exp()
     assert float(density.sum() * 0.02**2) == pytest.approx(1, abs=1e-4)
 
 
 def test_a_batch_may_have_a_noise_level_of_its_own_for_each_point():
-    mixture, x = GaussianMixture(*PLANE), torch.randn(3, 2)
+    mixture, x = d.GaussianMixture(*PLANE), torch.randn(3, 2)
     signal, noise = torch.tensor([0.9, 0.5, 0.2]), torch.tensor([0.3, 0.8, 1.0])
     together = mixture.log_density(x, signal, noise)
     for i in range(3):
@@ -212,9 +201,9 @@ def test_a_batch_may_have_a_noise_level_of_its_own_for_each_point():
 
 def test_samples_have_the_shares_and_spreads_of_the_bumps():
     n = 40_000
-    x = two_bumps().sample(n, torch.Generator().manual_seed(1))
+    x = d.two_bumps().sample(n, torch.Generator().manual_seed(1))
     left = x < -0.15  # the bumps hardly overlap
     assert x.shape == (n,) and abs(float(left.float().mean()) - 0.35) < 5 * math.sqrt(0.23 / n)
     assert float(x[left].mean()) == pytest.approx(-0.7, abs=0.006)
     assert float(x[~left].std()) == pytest.approx(0.18, abs=0.006)
-    assert GaussianMixture(*PLANE).sample(5).shape == (5, 2)
+    assert d.GaussianMixture(*PLANE).sample(5).shape == (5, 2)

@@ -49,11 +49,8 @@ def test_gradients_reach_every_parameter():
     """At the start the zero layers hold most gradients back; two steps of the optimiser set everything in motion."""
     model = UNet()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    x, noise, t = (
-        torch.randn(5, 1, 28, 28),
-        torch.randn(5, 1, 28, 28),
-        torch.tensor([1, 20, 300, 700, 1000]),
-    )
+    x, noise, t = (torch.randn(5, 1, 28, 28), torch.randn(5, 1, 28, 28),
+                   torch.tensor([1, 20, 300, 700, 1000]))
     for _ in range(3):
         optimizer.zero_grad()
         (model(x, t) - noise).square().mean().backward()
@@ -85,9 +82,8 @@ def test_eval_is_deterministic_and_pictures_do_not_mix():
         first = model(x, t)
         assert torch.equal(first, model(x, t))
         for i in range(4):  # a picture alone gets what it gets in company
-            torch.testing.assert_close(
-                model(x[i : i + 1], t[i : i + 1])[0], first[i], rtol=1e-3, atol=1e-4
-            )
+            torch.testing.assert_close(model(x[i : i + 1], t[i : i + 1])[0], first[i], rtol=1e-3,
+                                       atol=1e-4)
 
 
 def test_input_is_left_alone_and_may_be_a_view():
@@ -124,9 +120,8 @@ def test_attention_is_the_explicit_softmax():
             for head in range(heads):
                 own = slice(head * d, (head + 1) * d)
                 for i in range(H * W):  # pixel i asks
-                    scores = torch.stack([q[own, i] @ k[own, j] for j in range(H * W)]) / math.sqrt(
-                        d
-                    )
+                    scores = torch.stack([q[own, i] @ k[own, j]
+                                          for j in range(H * W)]) / math.sqrt(d)
                     mixed[own, i] = (v[own] * (scores.exp() / scores.exp().sum())).sum(dim=1)
             expected[b] = layer.out.weight[:, :, 0, 0] @ mixed + layer.out.bias[:, None]
     assert float((out - x).abs().max()) > 1e-2
@@ -166,13 +161,11 @@ def test_residual_block_is_its_formula(channels):
         h = h * (1 + scale_and_shift[:, : channels[1], None, None])
         h = h + scale_and_shift[:, channels[1] :, None, None]
         shortcut = x if channels[0] == channels[1] else block.skip(x)
-        torch.testing.assert_close(
-            out, shortcut + block.conv2(h * torch.sigmoid(h)), rtol=1e-4, atol=1e-5
-        )
+        torch.testing.assert_close(out, shortcut + block.conv2(h * torch.sigmoid(h)), rtol=1e-4,
+                                   atol=1e-5)
 
 
 # ------------------------------------------------------------------ labels
-
 
 def test_an_untrained_label_changes_nothing_and_old_weights_load():
     """A zero embedding reproduces the network without labels, to the last bit."""
@@ -193,19 +186,16 @@ def test_labels_take_no_random_number_from_the_other_layers():
     plain = UNet(channels=(8, 16))
     torch.manual_seed(3)
     labelled = UNet(channels=(8, 16), classes=10)
-    assert all(
-        torch.equal(value, labelled.state_dict()[name])
-        for name, value in plain.state_dict().items()
-    )
+    assert all(torch.equal(value, labelled.state_dict()[name]) for name,
+               value in plain.state_dict().items())
 
 
 def test_no_label_is_the_last_row_and_each_label_says_something_else():
     model, x, t = wake(UNet(channels=(8, 16), classes=3)), torch.randn(1, 1, 8, 8), steps(1)
     out = [model(x, t, torch.tensor([y])) for y in range(4)]
     assert torch.equal(model(x, t), out[3])
-    assert all(
-        float((a - b).detach().abs().max()) > 1e-4 for i, a in enumerate(out) for b in out[:i]
-    )
+    assert all(float((a - b).detach().abs().max()) > 1e-4 for i,
+               a in enumerate(out) for b in out[:i])
 
 
 def test_zero_init():
@@ -215,7 +205,6 @@ def test_zero_init():
 
 
 # ------------------------------------------------------------------ the cut networks of notebook 02
-
 
 def test_the_notebooks_network_with_nothing_cut_is_the_unet_and_each_cut_is_another():
     space = defined_in("02", "time_embedding", "Cut", "replace_norms", "build")

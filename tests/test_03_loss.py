@@ -6,17 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from ddpm_utils import (
-    GaussianMixture,
-    cosine_schedule,
-    exact_noise_predictor,
-    exact_x0,
-    linear_schedule,
-    min_snr_loss,
-    simple_loss,
-    two_bumps,
-    v_loss,
-)
+import ddpm_utils as d
 
 
 def one(value):
@@ -36,10 +26,9 @@ def posterior(schedule, x0, xt, t):
     return float(mean), float(variance)
 
 
-@pytest.mark.parametrize("make", [linear_schedule, cosine_schedule], ids=["linear", "cosine"])
-@pytest.mark.parametrize(
-    "T, t", [(1000, 2), (1000, 50), (1000, 500), (1000, 990), (20, 2), (20, 19), (20, 20)]
-)
+@pytest.mark.parametrize("make", [d.linear_schedule, d.cosine_schedule], ids=["linear", "cosine"])
+@pytest.mark.parametrize("T, t", [(1000, 2), (1000, 50), (1000, 500), (1000, 990), (20, 2),
+                                  (20, 19), (20, 20)])
 def test_posterior_is_bayes_on_a_grid(make, T, t):
     """q(x_{t-1} given x_t, x_0) ∝ q(x_t given x_{t-1}) q(x_{t-1} given x_0), multiplied out on a grid."""
     schedule, x0 = make(T), 0.6
@@ -49,12 +38,10 @@ def test_posterior_is_bayes_on_a_grid(make, T, t):
     )  # 1.3 deviations below its mean
     mean, variance = posterior(schedule, x0, xt, t)
     spread = math.sqrt(1 - before)
-    grid = np.linspace(
-        math.sqrt(before) * x0 - 9 * spread, math.sqrt(before) * x0 + 9 * spread, 400_001
-    )
-    product = density(xt, math.sqrt(1 - beta) * grid, beta) * density(
-        grid, math.sqrt(before) * x0, 1 - before
-    )
+    grid = np.linspace(math.sqrt(before) * x0 - 9 * spread, math.sqrt(before) * x0 + 9 * spread,
+                       400_001)
+    product = density(xt, math.sqrt(1 - beta) * grid, beta) * density(grid, math.sqrt(before) * x0,
+                                                                      1 - before)
     product /= product.sum()
     grid_mean = (grid * product).sum()
     grid_variance = ((grid - grid_mean) ** 2 * product).sum()
@@ -64,12 +51,12 @@ def test_posterior_is_bayes_on_a_grid(make, T, t):
 
 
 def test_posterior_at_1_is_x0_itself():
-    mean, variance = posterior(linear_schedule(), 0.6, -3.0, 1)
+    mean, variance = posterior(d.linear_schedule(), 0.6, -3.0, 1)
     assert mean == pytest.approx(0.6, abs=1e-6) and variance == 0
 
 
 def test_small_and_large_variance_differ_only_at_small_t():
-    schedule = linear_schedule(1000)
+    schedule = d.linear_schedule(1000)
     t = torch.arange(1, 1001)
     ratio = schedule.q_posterior(torch.zeros(1000), torch.zeros(1000), t)[1] / schedule.betas[1:]
     assert float(ratio[2 - 1]) == pytest.approx(0.45, abs=0.005)
@@ -80,9 +67,8 @@ def test_small_and_large_variance_differ_only_at_small_t():
 def kl_by_integration(mean1, variance1, mean2, variance2):
     reach = 12 * math.sqrt(max(variance1, variance2)) + abs(mean1 - mean2)
     x = np.linspace(mean1 - reach, mean1 + reach, 400_001)
-    log_ratio = (-((x - mean1) ** 2) / variance1 + (x - mean2) ** 2 / variance2) / 2 + math.log(
-        variance2 / variance1
-    ) / 2
+    log_ratio = (-((x - mean1) ** 2) / variance1 + (x - mean2) ** 2
+                 / variance2) / 2 + math.log(variance2 / variance1) / 2
     return float((density(x, mean1, variance1) * log_ratio).sum() * (x[1] - x[0]))
 
 
@@ -90,15 +76,14 @@ def kl_by_integration(mean1, variance1, mean2, variance2):
 @pytest.mark.parametrize("t", [2, 60, 349, 900])
 def test_kl_term_is_the_weighted_noise_error(t, sigma):
     """L_{t-1} integrated numerically = constant + |μ̃ - μ_θ|²/(2σ²) (Eq. 8) = constant + weight · |ε - ε_θ|² (Eq. 12)."""
-    schedule, x0, noise, guess = linear_schedule(1000), 0.4, 0.9, -0.2
+    schedule, x0, noise, guess = d.linear_schedule(1000), 0.4, 0.9, -0.2
     xt = schedule.q_sample(one(x0), step(t), one(noise))
     mean, variance = schedule.q_posterior(one(x0), xt, step(t))
     believed = schedule.predict_x0(xt, step(t), one(guess))
     model_mean, _ = schedule.q_posterior(believed, xt, step(t))
     mean, variance, model_mean = float(mean), float(variance), float(model_mean)
-    beta, alpha, alpha_bar = (
-        float(a[t]) for a in (schedule.betas, schedule.alphas, schedule.alpha_bars)
-    )
+    beta, alpha, alpha_bar = (float(a[t]) for a in (schedule.betas, schedule.alphas,
+                                                    schedule.alpha_bars))
     sigma2 = beta if sigma == "beta" else variance
 
     constant = (variance / sigma2 - 1 + math.log(sigma2 / variance)) / 2  # 0 for β̃
@@ -111,7 +96,7 @@ def test_kl_term_is_the_weighted_noise_error(t, sigma):
 @pytest.mark.parametrize("t", [1, 2, 100, 999, 1000])
 def test_mean_in_terms_of_noise(t):
     """Eq. 11 from Eq. 7: the posterior's mean at the believed x_0 is (x_t - β/√(1-ᾱ) ε)/√α."""
-    schedule = linear_schedule(1000)
+    schedule = d.linear_schedule(1000)
     xt, noise = torch.randn(64), torch.randn(64)
     many = torch.full((64,), t)
     mean, _ = schedule.q_posterior(schedule.predict_x0(xt, many, noise), xt, many)
@@ -123,7 +108,7 @@ def test_mean_in_terms_of_noise(t):
 def test_weight_of_eq_12_is_the_halved_drop_of_snr():
     """A second road to the weight, for σ_t² = β̃_t: L_{t-1} = ½ (SNR(t-1) - SNR(t)) |x_0 - x̂_0|² (Kingma et al. 2021,
     arXiv 2107.00630), and |x_0 - x̂_0|² = |ε - ε_θ|²/SNR(t). So the weight is ½ (SNR(t-1)/SNR(t) - 1)."""
-    for schedule in (linear_schedule(1000), cosine_schedule(1000)):
+    for schedule in (d.linear_schedule(1000), d.cosine_schedule(1000)):
         a, beta = schedule.alpha_bars.double(), schedule.betas.double()
         snr = a / (1 - a)
         for t in (2, 10, 349, 700, 990):
@@ -133,7 +118,7 @@ def test_weight_of_eq_12_is_the_halved_drop_of_snr():
 
 
 def test_weight_of_eq_12_in_numbers():
-    schedule = linear_schedule(1000)
+    schedule = d.linear_schedule(1000)
     beta, noise_variance = schedule.betas[1:].double(), schedule.noise_scale[1:].double() ** 2
     weight = beta / (2 * (1 - beta) * noise_variance)  # σ_t² = β_t
     for t, value in ((1, 0.50), (50, 0.019), (349, 0.0050), (1000, 0.010)):
@@ -143,33 +128,32 @@ def test_weight_of_eq_12_in_numbers():
 
 # ------------------------------------------------------------------ the best guess that there is
 
-
 @pytest.mark.parametrize("signal, noise", [(0.99, 0.1), (0.8, 0.6), (0.1, 0.995)])
 def test_exact_x0_is_bayes_on_a_grid(signal, noise):
     """E[x_0 given x] = ∫ x_0 q(x_0) N(x; signal x_0, noise²) dx_0 / q(x), summed in numpy."""
     x = torch.tensor([-1.0, -0.2, 0.4, 1.1])
     grid = np.linspace(-3, 3, 60_001)
     clean = 0.35 * density(grid, -0.7, 0.12**2) + 0.65 * density(grid, 0.5, 0.18**2)
-    for value, found in zip(x.tolist(), exact_x0(two_bumps(), x, signal, noise).tolist()):
+    for value, found in zip(x.tolist(), d.exact_x0(d.two_bumps(), x, signal, noise).tolist()):
         weights = clean * density(value, signal * grid, noise**2)
         assert found == pytest.approx((weights * grid).sum() / weights.sum(), abs=1e-4)
 
 
 def test_the_exact_noise_is_minus_the_scaled_score():
     """E[ε given x_t] = -√(1-ᾱ) ∇ log q(x_t), by autograd on the log density, each point at its t."""
-    mixture = GaussianMixture([0.3, 0.7], [[0.0, 1.0], [1.5, -0.5]], [0.2, 0.4])
-    schedule, t = cosine_schedule(), torch.tensor([50, 300, 600, 950])
+    mixture = d.GaussianMixture([0.3, 0.7], [[0.0, 1.0], [1.5, -0.5]], [0.2, 0.4])
+    schedule, t = d.cosine_schedule(), torch.tensor([50, 300, 600, 950])
     x = torch.randn(4, 2).requires_grad_()
     log_q = mixture.log_density(x, schedule.signal_scale[t], schedule.noise_scale[t])
     score = torch.autograd.grad(log_q.sum(), x)[0]
     expected = -schedule.noise_scale[t][:, None] * score
-    found = exact_noise_predictor(mixture, schedule)(x.detach(), t)
+    found = d.exact_noise_predictor(mixture, schedule)(x.detach(), t)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_the_exact_noise_of_one_gaussian_is_its_straight_line():
-    schedule = linear_schedule()
-    predict = exact_noise_predictor(GaussianMixture([1.0], [0.3], [0.2]), schedule)
+    schedule = d.linear_schedule()
+    predict = d.exact_noise_predictor(d.GaussianMixture([1.0], [0.3], [0.2]), schedule)
     for t in (1, 40, 500, 1000):
         x, a = torch.randn(50), float(schedule.alpha_bars[t])
         line = math.sqrt(1 - a) * (x - math.sqrt(a) * 0.3) / (a * 0.04 + 1 - a)
@@ -177,7 +161,6 @@ def test_the_exact_noise_of_one_gaussian_is_its_straight_line():
 
 
 # ------------------------------------------------------------------ L_simple
-
 
 class Recorder:
     """A model that remembers what it was called with, and answers with a multiple of it."""
@@ -192,7 +175,7 @@ class Recorder:
 
 @pytest.mark.parametrize("trailing", [(), (2,), (1, 4, 4)])
 def test_simple_loss_is_the_loop(trailing):
-    schedule = linear_schedule(100)
+    schedule = d.linear_schedule(100)
     x0, noise, t = torch.rand(3, *trailing), torch.randn(3, *trailing), torch.tensor([1, 50, 100])
     total, count = 0.0, 0
     for b in range(3):
@@ -200,22 +183,22 @@ def test_simple_loss_is_the_loop(trailing):
         for x, e in zip(x0[b].flatten().tolist(), noise[b].flatten().tolist()):
             xt = math.sqrt(alpha_bar) * x + math.sqrt(1 - alpha_bar) * e
             total, count = total + (e - 0.5 * xt) ** 2, count + 1
-    loss = simple_loss(Recorder(), schedule, x0, t, noise)
+    loss = d.simple_loss(Recorder(), schedule, x0, t, noise)
     assert loss.shape == () and float(loss) == pytest.approx(total / count, rel=1e-4)
 
 
 def test_simple_loss_of_a_perfect_and_of_a_silent_model():
-    schedule, x0, noise = linear_schedule(100), torch.rand(4, 1, 8, 8), torch.randn(4, 1, 8, 8)
+    schedule, x0, noise = d.linear_schedule(100), torch.rand(4, 1, 8, 8), torch.randn(4, 1, 8, 8)
     t = torch.tensor([1, 2, 3, 4])
-    assert float(simple_loss(lambda xt, t: noise, schedule, x0, t, noise)) == 0
-    silent = simple_loss(lambda xt, t: torch.zeros_like(xt), schedule, x0, t, noise)
+    assert float(d.simple_loss(lambda xt, t: noise, schedule, x0, t, noise)) == 0
+    silent = d.simple_loss(lambda xt, t: torch.zeros_like(xt), schedule, x0, t, noise)
     assert float(silent) == pytest.approx(float((noise**2).mean()), rel=1e-5)
 
 
 def test_t_is_drawn_evenly_from_1_to_T_and_noise_is_standard_normal():
     model, T, n = Recorder(), 5, 20_000
-    schedule = linear_schedule(T)
-    simple_loss(model, schedule, torch.zeros(n, 1))
+    schedule = d.linear_schedule(T)
+    d.simple_loss(model, schedule, torch.zeros(n, 1))
     xt, t = model.seen[0]
     assert t.dtype == torch.int64 and t.shape == (n,)
     counts = torch.bincount(t, minlength=T + 1).double()
@@ -227,32 +210,27 @@ def test_t_is_drawn_evenly_from_1_to_T_and_noise_is_standard_normal():
 
 
 def test_every_call_draws_anew_and_the_seed_fixes_it():
-    schedule, x0 = linear_schedule(50), torch.zeros(64, 1, 4, 4)
+    schedule, x0 = d.linear_schedule(50), torch.zeros(64, 1, 4, 4)
     torch.manual_seed(3)
-    first, second = simple_loss(Recorder(), schedule, x0), simple_loss(Recorder(), schedule, x0)
+    first, second = d.simple_loss(Recorder(), schedule, x0), d.simple_loss(Recorder(), schedule, x0)
     torch.manual_seed(3)
-    again = simple_loss(Recorder(), schedule, x0)
+    again = d.simple_loss(Recorder(), schedule, x0)
     assert first != second and first == again
 
 
 def test_gradient_of_simple_loss():
     """For ε_θ = w x_t the derivative is known: d/dw mean (w x_t - ε)² = mean 2 x_t (w x_t - ε)."""
-    schedule, x0, noise, t = (
-        linear_schedule(100),
-        torch.rand(6, 3),
-        torch.randn(6, 3),
-        torch.full((6,), 40),
-    )
+    schedule, x0, noise, t = (d.linear_schedule(100), torch.rand(6, 3), torch.randn(6, 3),
+                              torch.full((6,), 40))
     w = torch.tensor(0.3, requires_grad=True)
-    simple_loss(lambda xt, t: w * xt, schedule, x0, t, noise).backward()
+    d.simple_loss(lambda xt, t: w * xt, schedule, x0, t, noise).backward()
     xt = schedule.q_sample(x0, t, noise)
     assert float(w.grad) == pytest.approx(float((2 * xt * (0.3 * xt - noise)).mean()), rel=1e-4)
 
 
 # ------------------------------------------------------------------ the loss on v, and its weights
 
-
-@pytest.mark.parametrize("make", [linear_schedule, cosine_schedule], ids=["linear", "cosine"])
+@pytest.mark.parametrize("make", [d.linear_schedule, d.cosine_schedule], ids=["linear", "cosine"])
 @pytest.mark.parametrize("gamma", [None, 1, 5, 20.0])
 def test_v_loss_weighs_the_error_of_x0(make, gamma):
     """Hang et al. 2023 state their weight for x_0; picture by picture in float64, through x̂_0 = √ᾱ x_t - √(1-ᾱ) v̂."""
@@ -265,33 +243,30 @@ def test_v_loss_weighs_the_error_of_x0(make, gamma):
         of_x0 = float((signal * xt - spread * guess[i].double() - x0[i].double()).square().mean())
         snr = a / (1 - a)
         wanted.append(of_x0 * (snr + 1 if gamma is None else min(snr, gamma)))
-    loss = v_loss(lambda xt, t: guess, schedule, x0, t, noise, gamma)
+    loss = d.v_loss(lambda xt, t: guess, schedule, x0, t, noise, gamma)
     assert float(loss) == pytest.approx(sum(wanted) / 6, rel=2e-3)
     if gamma == 5:
-        assert torch.equal(loss, min_snr_loss(lambda xt, t: guess, schedule, x0, t, noise))
+        assert torch.equal(loss, d.min_snr_loss(lambda xt, t: guess, schedule, x0, t, noise))
 
 
 def test_v_loss_of_a_perfect_model_and_its_draws():
-    schedule, x0 = cosine_schedule(100), torch.rand(8, 1, 4, 4) * 2 - 1
+    schedule, x0 = d.cosine_schedule(100), torch.rand(8, 1, 4, 4) * 2 - 1
     t, noise = torch.randint(1, 101, (8,)), torch.randn(8, 1, 4, 4)
-    signal, spread = (
-        schedule.signal_scale[t].view(-1, 1, 1, 1),
-        schedule.noise_scale[t].view(-1, 1, 1, 1),
-    )
-    for loss in (v_loss, min_snr_loss):
+    signal, spread = (schedule.signal_scale[t].view(-1, 1, 1, 1),
+                      schedule.noise_scale[t].view(-1, 1, 1, 1))
+    for loss in (d.v_loss, d.min_snr_loss):
         assert float(loss(lambda xt, t: signal * noise - spread * x0, schedule, x0, t, noise)) == 0
         seen = []
         loss(lambda xt, t: seen.append(t) or xt, schedule, torch.zeros(4000, 1))
-        assert (
-            seen[0].dtype == torch.int64 and int(seen[0].min()) == 1 and int(seen[0].max()) == 100
-        )
+        assert (seen[0].dtype == torch.int64 and int(seen[0].min()) == 1
+                and int(seen[0].max()) == 100)
 
 
 def test_gradient_of_the_weighted_loss():
     """By finite differences, so that a weight that is detached or misplaced is found out."""
-    schedule, x0 = cosine_schedule(100), torch.rand(16, 3) * 2 - 1
+    schedule, x0 = d.cosine_schedule(100), torch.rand(16, 3) * 2 - 1
     t, noise = torch.randint(1, 101, (16,)), torch.randn(16, 3)
-    loss = lambda w: min_snr_loss(lambda xt, t: w * xt, schedule, x0, t, noise)
+    loss = lambda w: d.min_snr_loss(lambda xt, t: w * xt, schedule, x0, t, noise)
     w = torch.tensor(0.3, requires_grad=True)
     loss(w).backward()
     assert float(w.grad) == pytest.approx(

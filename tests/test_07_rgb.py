@@ -14,19 +14,9 @@ import ddpm_utils as d
 
 @pytest.fixture(scope="module")
 def space():
-    return defined_in(
-        "07",
-        "multiplications",
-        "gain_by_averaging",
-        "GaussianField",
-        "lopsided",
-        "recovered_share",
-        "shift_log_snr",
-        "shifted_schedule",
-        "gaussian_v_loss",
-        "seam_ratio",
-        "texture",
-    )
+    return defined_in("07", "multiplications", "gain_by_averaging", "GaussianField", "lopsided",
+                      "recovered_share", "shift_log_snr", "shifted_schedule", "gaussian_v_loss",
+                      "seam_ratio", "texture")
 
 
 def smooth(n=60, side=16):
@@ -37,7 +27,6 @@ def smooth(n=60, side=16):
 
 
 # ------------------------------------------------------------------ schedule
-
 
 @pytest.mark.parametrize("make", [d.cosine_schedule, d.linear_schedule])
 @pytest.mark.parametrize("side", [28, 64, 128, 256])
@@ -67,7 +56,6 @@ def test_averaging_divides_the_noise_and_the_formula_agrees_with_draws(space):
 
 
 # ------------------------------------------------------------------ the best Gaussian
-
 
 def test_waves_are_a_rotation(space):
     x = smooth()
@@ -120,7 +108,6 @@ def test_recovered_share_at_both_ends(space):
 
 # ------------------------------------------------------------------ network
 
-
 def test_patches_change_nothing_but_the_way():
     """With patch p the network sees what one with C p² channels and a 1x1 stem sees after folding by hand."""
     torch.manual_seed(0)
@@ -143,9 +130,8 @@ def test_the_network_at_128(patch):
     model = d.UNet(in_channels=3, channels=(8, 16, 24), patch=patch)
     d.v_loss(model, d.cosine_schedule(), torch.randn(1, 3, 128, 128)).backward()
     assert model(torch.randn(1, 3, 128, 128), torch.tensor([7])).shape == (1, 3, 128, 128)
-    assert all(
-        p.grad is not None and bool(torch.isfinite(p.grad).all()) for p in model.parameters()
-    )
+    assert all(p.grad is not None and bool(torch.isfinite(p.grad).all())
+               for p in model.parameters())
 
 
 def test_multiplications_by_hand(space):
@@ -178,7 +164,6 @@ def test_what_has_no_side_is_not_lopsided(space):
 
 
 # ------------------------------------------------------------------ weights
-
 
 def test_shipped_weights_come_back_as_float32_with_the_shifted_schedule(space):
     file = WEIGHTS / "flowers_128.pt"

@@ -11,19 +11,8 @@ import ddpm_utils as d
 
 @pytest.fixture(scope="module")
 def space():
-    return defined_in(
-        "08",
-        "world",
-        "draws",
-        "grad_log_q",
-        "walk",
-        "nearest_bump",
-        "shares",
-        "beta_at",
-        "alpha_bar_at",
-        "reverse_sde_step",
-        "flow_step",
-    )
+    return defined_in("08", "world", "draws", "grad_log_q", "walk", "nearest_bump", "shares",
+                      "beta_at", "alpha_bar_at", "reverse_sde_step", "flow_step")
 
 
 @pytest.mark.parametrize("a", [1.0, 0.6, 0.05])
@@ -59,10 +48,8 @@ def test_alpha_bar_is_the_integral_and_the_limit_of_the_chains(space):
     s = torch.linspace(0, 1, 100_001, dtype=torch.float64)
     by_integral = math.exp(-float(torch.trapezoid(space["beta_at"](s), s)))
     assert space["alpha_bar_at"](1.0) == pytest.approx(by_integral, rel=1e-6)
-    errors = [
-        abs(float(d.linear_schedule(T).alpha_bars[int(0.4 * T)]) / space["alpha_bar_at"](0.4) - 1)
-        for T in (500, 1000, 10_000)
-    ]
+    errors = [abs(float(d.linear_schedule(T).alpha_bars[int(0.4 * T)]) / space["alpha_bar_at"](0.4)
+                  - 1) for T in (500, 1000, 10_000)]
     assert errors[1] == pytest.approx(errors[0] / 2, rel=0.1)  # slope -1 in T
     assert errors[2] < errors[1] / 8
 
@@ -103,13 +90,11 @@ def off(space, x):
     """How far the shares of the three bumps, and their spreads, are from the truth."""
     bump = space["nearest_bump"](x)
     shares = bump.bincount(minlength=3) / len(x)
-    spreads = torch.stack(
-        [(x[bump == k] - x[bump == k].mean(0)).square().mean().sqrt() for k in range(3)]
-    )
+    spreads = torch.stack([(x[bump == k] - x[bump == k].mean(0)).square().mean().sqrt()
+                           for k in range(3)])
     wanted = space["world"]
-    return max(
-        float((shares - wanted.weights).abs().max()), float((spreads / wanted.stds - 1).abs().max())
-    )
+    return max(float((shares - wanted.weights).abs().max()),
+               float((spreads / wanted.stds - 1).abs().max()))
 
 
 def test_both_ways_back_end_in_the_data_and_the_mixed_up_ones_do_not(space):

@@ -12,7 +12,6 @@ from ddpm_utils import cosine_schedule, ddim_sample, dpm_solver_sample, linear_s
 
 # ------------------------------------------------------------------ DPM-Solver++(2M)
 
-
 def by_the_papers_formula(schedule, predicted, x, steps):
     """Lu et al. 2022, Algorithm 2, for one float64 number: r = h_before / h, D by r, and α (e^{-h} - 1)."""
     alpha_bars = schedule.alpha_bars.double()
@@ -32,9 +31,8 @@ def by_the_papers_formula(schedule, predicted, x, steps):
         older, h_before = x0, h
 
 
-@pytest.mark.parametrize(
-    "schedule", [linear_schedule(1000), cosine_schedule(1000)], ids=["linear", "cosine"]
-)
+@pytest.mark.parametrize("schedule", [linear_schedule(1000), cosine_schedule(1000)],
+                         ids=["linear", "cosine"])
 @pytest.mark.parametrize("steps", [1, 2, 3, 20, 50])
 def test_dpm_solver_is_the_papers_formula(schedule, steps):
     def predicted(x, signal, spread):
@@ -45,9 +43,8 @@ def test_dpm_solver_is_the_papers_formula(schedule, steps):
         return (xt - signal * (xt / (signal + spread)).tanh()) / spread
 
     x_T = torch.tensor([[-1.5], [-0.2], [0.0], [0.7], [2.0]])
-    x = dpm_solver_sample(
-        noise, schedule, 5, steps, shape=(1,), clip=False, x_T=x_T, progress=False
-    )
+    x = dpm_solver_sample(noise, schedule, 5, steps, shape=(1,), clip=False, x_T=x_T,
+                          progress=False)
     wanted = [by_the_papers_formula(schedule, predicted, float(start), steps) for start in x_T]
     torch.testing.assert_close(x[:, 0], torch.tensor(wanted), rtol=0, atol=2e-3)
 
@@ -56,14 +53,11 @@ def test_dpm_solver_is_exact_for_one_picture_and_one_step_of_it_is_ddims():
     schedule, x_T = cosine_schedule(100), torch.randn(6, 3)
 
     for steps in (1, 2, 7, 100):
-        x = dpm_solver_sample(
-            to_a_tenth(schedule), schedule, 6, steps, shape=(3,), x_T=x_T, progress=False
-        )
+        x = dpm_solver_sample(to_a_tenth(schedule), schedule, 6, steps, shape=(3,), x_T=x_T,
+                              progress=False)
         torch.testing.assert_close(x, torch.full((6, 3), 0.1), rtol=0, atol=1e-3)
-    one = [
-        sample(half, schedule, 6, steps=1, shape=(3,), x_T=x_T, clip=False, progress=False)
-        for sample in (ddim_sample, dpm_solver_sample)
-    ]
+    one = [sample(half, schedule, 6, steps=1, shape=(3,), x_T=x_T, clip=False, progress=False)
+           for sample in (ddim_sample, dpm_solver_sample)]
     assert torch.equal(*one)
 
 
@@ -75,17 +69,8 @@ def test_dpm_solver_is_of_second_order_and_ddim_of_first():
     end = MEAN + STD * (x_T - math.sqrt(a) * MEAN) / math.sqrt(a * STD**2 + 1 - a)
     slopes = []
     for sample in (ddim_sample, dpm_solver_sample):
-        errors = [
-            float(
-                (
-                    sample(GaussianNoise(schedule), schedule, 9, n, shape=(1,), x_T=x_T, **quiet)
-                    - end
-                )
-                .abs()
-                .mean()
-            )
-            for n in (40, 160)
-        ]
+        errors = [float((sample(GaussianNoise(schedule), schedule, 9, n, shape=(1,), x_T=x_T,
+                                **quiet) - end).abs().mean()) for n in (40, 160)]
         slopes.append(math.log(errors[1] / errors[0]) / math.log(4))
     assert -1.1 < slopes[0] < -0.9 and -2.7 < slopes[1] < -1.8
 
@@ -95,14 +80,8 @@ def test_dpm_solver_steps_down_from_T_and_denser_there(T):
     schedule = linear_schedule(T)
     for steps in (1, 2, 5, 7, T):
         seen = []
-        dpm_solver_sample(
-            lambda xt, t: seen.append(int(t[0])) or xt,
-            schedule,
-            2,
-            steps,
-            shape=(1,),
-            progress=False,
-        )
+        dpm_solver_sample(lambda xt, t: seen.append(int(t[0])) or xt, schedule, 2, steps,
+                          shape=(1,), progress=False)
         assert seen[0] == T and seen[-1] >= 1 and len(seen) <= steps
         assert all(a > b for a, b in zip(seen, seen[1:]))
         gaps = [a - b for a, b in zip(seen, seen[1:] + [0])]
@@ -111,22 +90,10 @@ def test_dpm_solver_steps_down_from_T_and_denser_there(T):
 
 # ------------------------------------------------------------------ the functions of the notebook
 
-
 @pytest.fixture(scope="module")
 def space():
-    return defined_in(
-        "09",
-        "world",
-        "velocity",
-        "solve",
-        "log_density_by_flow",
-        "bumps_noise",
-        "exact_divergence",
-        "probes",
-        "hutchinson",
-        "histogram_bits",
-        "slerp",
-    )
+    return defined_in("09", "world", "velocity", "solve", "log_density_by_flow", "bumps_noise",
+                      "exact_divergence", "probes", "hutchinson", "histogram_bits", "slerp")
 
 
 @pytest.mark.parametrize("heun, order", [(False, 1), (True, 2)])
@@ -140,9 +107,8 @@ def test_order_of_euler_and_heun(space, heun, order):
 def test_ddim_is_eulers_method_in_sigma():
     """dy/dσ = ε with y = x/√ᾱ and σ = √((1-ᾱ)/ᾱ): in float64, over 20 stops."""
     schedule, x_T = linear_schedule(1000), torch.randn(6, 1)
-    found = ddim_sample(
-        GaussianNoise(schedule), schedule, 6, 20, shape=(1,), x_T=x_T, **quiet
-    ).double()
+    found = ddim_sample(GaussianNoise(schedule), schedule, 6, 20, shape=(1,), x_T=x_T,
+                        **quiet).double()
     a = schedule.alpha_bars.double()
     sigma, y = ((1 - a) / a).sqrt(), x_T.double() / a[1000].sqrt()
     for now in range(1000, 0, -50):

@@ -10,14 +10,7 @@ import pytest
 import torch
 from series import NOTEBOOKS, code_cells, prose, tagged
 
-from ddpm_utils import (
-    GaussianMixture,
-    exact_noise_predictor,
-    linear_schedule,
-    simple_loss,
-    time_embedding,
-    v_loss,
-)
+import ddpm_utils as d
 
 PATH = NOTEBOOKS / "13_bug_clinic.ipynb"
 INSTRUMENTS = ["vital signs", "network out", "loss by step", "wires", "round trips"]
@@ -89,15 +82,10 @@ def lights(clinic):
 
 # ------------------------------------------------------------------ instruments
 
-
 def test_instruments_have_at_most_ten_lines():
     names = ["vital_signs", "network_out", "loss_by_step", "wires", "round_trips"]
-    nodes = {
-        node.name: node
-        for cell in code_cells(PATH)
-        for node in ast.parse(cell["source"]).body
-        if isinstance(node, ast.FunctionDef)
-    }
+    nodes = {node.name: node for cell in code_cells(PATH) for node in ast.parse(cell["source"]).body
+             if isinstance(node, ast.FunctionDef)}
     for name in names:
         body = nodes[name].body
         assert ast.get_docstring(nodes[name])
@@ -107,7 +95,7 @@ def test_instruments_have_at_most_ten_lines():
 @pytest.mark.parametrize("tilde", [False, True])
 def test_the_recursion_is_the_product_of_the_steps(clinic, tilde):
     """In float64, with each step written as x -> c + k x + noise, all steps multiplied out."""
-    schedule, m, s = linear_schedule(20), 0.3, 0.2
+    schedule, m, s = d.linear_schedule(20), 0.3, 0.2
     known = clinic["recursion"](schedule, m, s, tilde)
     betas = schedule.betas.double().tolist()
     bars = [math.prod(1 - b for b in betas[1 : t + 1]) for t in range(21)]
@@ -122,12 +110,12 @@ def test_the_recursion_is_the_product_of_the_steps(clinic, tilde):
 
 
 def test_the_best_gaussian_is_the_exact_predictors_loss(clinic):
-    schedule, world = linear_schedule(100), GaussianMixture([1.0], [-0.4], [0.6])
+    schedule, world = d.linear_schedule(100), d.GaussianMixture([1.0], [-0.4], [0.6])
     x0 = world.sample(100_000, torch.Generator().manual_seed(7))
     line = clinic["best_gaussian"](schedule, 0.36)
     for t in (1, 10, 30, 60):
         steps = torch.full((len(x0),), t)
-        loss = simple_loss(exact_noise_predictor(world, schedule), schedule, x0, steps)
+        loss = d.simple_loss(d.exact_noise_predictor(world, schedule), schedule, x0, steps)
         assert float(loss) == pytest.approx(float(line[t]), rel=0.03)
 
 
@@ -143,11 +131,8 @@ def test_each_patient_lights_what_the_chart_says(clinic, lights, name, seed):
 
 
 def test_the_saved_chart_is_this_one():
-    (page,) = [
-        "".join(cell["outputs"][0]["text"])
-        for cell in code_cells(PATH)
-        if "patients = {" in cell["source"]
-    ]
+    (page,) = ["".join(cell["outputs"][0]["text"]) for cell in code_cells(PATH)
+               if "patients = {" in cell["source"]]
     rows = {line[:14].strip(): line[14:] for line in page.splitlines()[1:]}
     assert rows.pop("healthy").split() == ["·"] * 5
     for name, text in CHART.items():
@@ -156,7 +141,6 @@ def test_the_saved_chart_is_this_one():
 
 # ------------------------------------------------------------------ repairs
 
-
 def repairs_on_the_page(clinic):
     """{patient: parts} of the code in the folded answers."""
     space = dict(clinic)
@@ -164,13 +148,8 @@ def repairs_on_the_page(clinic):
         if "<summary>Cause and repair</summary>" in text:
             for source in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
                 run(source, space)
-    given = {
-        name: {
-            part: space[getattr(old, "__name__", "") if callable(old) else "none_10"]
-            for part, old in parts.items()
-        }
-        for name, parts in clinic["patients"].items()
-    }
+    given = {name: {part: space[getattr(old, "__name__", "") if callable(old) else "none_10"]
+                    for part, old in parts.items()} for name, parts in clinic["patients"].items()}
     given["6 snow"] = space["repair_6"]
     for name, parts in given.items():
         assert parts != clinic["patients"][name], f"no repair of {name} on the page"
@@ -190,7 +169,7 @@ def test_other_right_repairs_pass(clinic, lights):
         return mean + variance[0].sqrt() * torch.randn_like(x)
 
     def own_noise(model, schedule, x0, t, noise):
-        return 2 * simple_loss(model, schedule, x0, t)
+        return 2 * d.simple_loss(model, schedule, x0, t)
 
     assert lights({"step": with_beta_tilde}) == ""
     assert lights({"loss": own_noise}) == ""
@@ -200,22 +179,21 @@ def test_other_right_repairs_pass(clinic, lights):
 def test_wrong_repairs_do_not_pass(clinic, lights):
     """A second bug, or only half of the repair."""
     step, loss = clinic["step"], clinic["simple_loss"]
-    wrong = {
-        "1: the root of the root": lambda s, x, t, e, z: step(s, x, t, e, z / s.betas[t] ** 0.25),
-        "1: the mistake moved to ε": lambda s, x, t, e, z: step(s, x, t, e * s.betas[t].sqrt(), z),
-        "2: clipped more widely": lambda s, x, t, e, z: step(s, x, t, e, z).clamp(-1.5, 1.5),
-        "3: α without its root": lambda s, x, t, e, z: step(s, x, t, e, z) / s.alphas[t].sqrt(),
-        "4: half of the noise": lambda s, x, t, e, z: step(s, x, t, e, z) + 0.05 * (t == 1),
-        "4: no noise from t = 2 on": lambda s, x, t, e, z: step(s, x, t, e, z * (t > 2)),
-    }
+    wrong = {"1: the root of the root": lambda s, x, t, e,
+             z: step(s, x, t, e, z / s.betas[t] ** 0.25), "1: the mistake moved to ε": lambda s, x,
+             t, e, z: step(s, x, t, e * s.betas[t].sqrt(), z), "2: clipped more widely": lambda s,
+             x, t, e, z: step(s, x, t, e, z).clamp(-1.5, 1.5), "3: α without its root": lambda s, x,
+             t, e, z: step(s, x, t, e, z) / s.alphas[t].sqrt(), "4: half of the noise": lambda s, x,
+             t, e, z: step(s, x, t, e, z) + 0.05 * (t == 1), "4: no noise from t = 2 on": lambda s,
+             x, t, e, z: step(s, x, t, e, z * (t > 2))}
     for name, bad in wrong.items():
         program = clinic["replace"](clinic["healthy"], step=bad)
         assert clinic["network_out"](program), name
     half = {"loss": lambda f, s, x0, t, n: loss(f, s, x0, t, n) + redrawn(f, s, x0, t, n)}
     assert lights(half) != "", "5"
-    assert lights({"loss": v_loss, "as_noise": lambda n, s: lambda xt, t: -n(xt, t)}) != "", "6"
+    assert lights({"loss": d.v_loss, "as_noise": lambda n, s: lambda xt, t: -n(xt, t)}) != "", "6"
     assert lights({"load": another_prefix}) == "vital signs, loss by step, round trips", "7"
-    assert lights({"clock": lambda t: time_embedding(0 * t + 50, 32)}) != "", "8"
+    assert lights({"clock": lambda t: d.time_embedding(0 * t + 50, 32)}) != "", "8"
     shifted = clinic["replace"](clinic["healthy"], to_floats=lambda u8: u8.float() / 255 - 0.5)
     assert "bytes" in clinic["round_trips"](shifted, lambda x, t: x, lambda x, t: x), "9"
     assert lights({"none": 1}) != "", "10"
@@ -240,13 +218,12 @@ def test_every_bug_of_the_ward_is_found(clinic, lights):
     run(source[: source.index("def attempt_1")], clinic)
     own = {"clock", "none", "load", "to_floats"}  # parts of the notebook's own patients
     for bug in clinic["BUGS"]:
-        if not own & set(bug) and bug.get("loss") is not v_loss:
+        if not own & set(bug) and bug.get("loss") is not d.v_loss:
             assert lights(bug) != "", [*bug]
     assert len(clinic["ward"](0)) == 3 and clinic["ward"](1) == clinic["ward"](1)
 
 
 # ------------------------------------------------------------------ the table at the end
-
 
 def test_the_table_names_only_instruments_that_exist():
     (table,) = [text for text in prose(PATH) if "### From the symptom to the instrument" in text]

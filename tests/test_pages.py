@@ -17,24 +17,11 @@ import matplotlib
 import matplotlib.pyplot as plt
 from series import PATHS, ROOT, code_cells, each_notebook, has_figure, printed, prose, read, tagged
 
-NAMES = [
-    "01_schedule_and_forward_noising",
-    "02_unet",
-    "03_loss_derivation",
-    "04_training_loop",
-    "05_reverse_sampling",
-    "06_result_gif",
-    "07_rgb_128",
-    "08_scores_and_sdes",
-    "09_flow_as_ode",
-]
-LAST_HEADINGS = [
-    "## Check yourself",
-    "## What you learned",
-    "## Common mistakes",
-    "## Where this comes from",
-    "## Next",
-]
+NAMES = ["01_schedule_and_forward_noising", "02_unet", "03_loss_derivation", "04_training_loop",
+         "05_reverse_sampling", "06_result_gif", "07_rgb_128", "08_scores_and_sdes",
+         "09_flow_as_ode"]
+LAST_HEADINGS = ["## Check yourself", "## What you learned", "## Common mistakes",
+                 "## Where this comes from", "## Next"]
 COLAB = "https://colab.research.google.com/github/OWNER/diffusion-notebooks/blob/main/notebooks"
 
 
@@ -105,26 +92,12 @@ def test_saved_from_a_fresh_kernel(path):
 
 @each_notebook
 def test_no_path_of_a_machine_in_an_output(path):
-    homes = [
-        str(pathlib.Path.home()),
-        str(ROOT.parent) + "/",
-        tempfile.gettempdir() + "/",
-        "/home/",
-        "/Users/",
-        "C:\\",
-    ]
+    homes = [str(pathlib.Path.home()), str(ROOT.parent) + "/", tempfile.gettempdir() + "/",
+             "/home/", "/Users/", "C:\\"]
     for cell in code_cells(path):
-        text = json.dumps(
-            [
-                {
-                    key: value
-                    for key, value in o.get("data", {}).items()
-                    if not key.startswith("image/")
-                }
-                | {"text": o.get("text", "")}
-                for o in cell["outputs"]
-            ]
-        )
+        text = json.dumps([{key: value for key, value in o.get("data", {}).items()
+                            if not key.startswith("image/")} | {"text": o.get("text", "")}
+                           for o in cell["outputs"]])
         assert not [home for home in homes if home in text], text[:300]
 
 
@@ -141,29 +114,24 @@ def test_cells_are_short_and_prose_outweighs_code(path):
     lesson = [cell for cell in code_cells(path) if not {"setup", "taught"} & set(cell["tags"])]
     for cell in lesson:
         assert len(cell["source"].splitlines()) <= 30, cell["source"][:200]
-    code = sum(
-        len(cell["source"])
-        for cell in lesson
-        if not any(tag.startswith("check-") for tag in cell["tags"])
-    )
+    code = sum(len(cell["source"]) for cell in lesson
+               if not any(tag.startswith("check-") for tag in cell["tags"]))
     assert sum(map(len, prose(path))) >= code
 
 
 @each_notebook
 def test_every_figure_has_a_sentence_under_it(path):
     cells = read(path)["cells"]
-    figures = [
-        i for i, cell in enumerate(cells) if cell["cell_type"] == "code" and has_figure(cell)
-    ]
+    figures = [i for i, cell in enumerate(cells) if cell["cell_type"] == "code"
+               and has_figure(cell)]
     assert figures, "no figure at all"
     for i in figures:
         below = cells[i + 1]
         assert below["cell_type"] == "markdown" and len(below["source"]) > 60, cells[i]["source"][
             :200
         ]
-        assert not below["source"].startswith("#"), (
-            "a heading is no caption: " + below["source"][:99]
-        )
+        assert not below["source"].startswith("#"), ("a heading is no caption: "
+                                                     + below["source"][:99])
 
 
 @each_notebook
@@ -210,12 +178,8 @@ def test_taught_cells_hold_definitions_with_docstrings(path):
 
 
 def exercises(path):
-    return sorted(
-        int(tag.split("-")[1])
-        for cell in code_cells(path)
-        for tag in cell["tags"]
-        if tag.startswith("exercise-")
-    )
+    return sorted(int(tag.split("-")[1]) for cell in code_cells(path) for tag in cell["tags"]
+                  if tag.startswith("exercise-"))
 
 
 def solution(path, number):

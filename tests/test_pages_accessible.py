@@ -26,9 +26,8 @@ def test_the_cycle_of_colours_is_okabe_and_itos():
         ddpm_utils.set_up()
         cycle = matplotlib.rcParams["axes.prop_cycle"].by_key()["color"]
     assert cycle == ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
-    grey = sorted(
-        np.dot(matplotlib.colors.to_rgb(colour), [0.299, 0.587, 0.114]) for colour in cycle
-    )
+    grey = sorted(np.dot(matplotlib.colors.to_rgb(colour), [0.299, 0.587, 0.114])
+                  for colour in cycle)
     assert min(np.diff(grey)) > 0.005
 
 
@@ -54,17 +53,12 @@ matplotlib.backend_bases.FigureCanvasBase.print_figure = _watched
 def figures_of(path):
     """Runs a notebook; what is in each of its figures."""
     notebook = nbformat.read(path, as_version=4)
-    first = next(
-        i for i, cell in enumerate(notebook.cells) if "setup" in cell.metadata.get("tags", [])
-    )
+    first = next(i for i, cell in enumerate(notebook.cells)
+                 if "setup" in cell.metadata.get("tags", []))
     notebook.cells.insert(first + 1, nbformat.v4.new_code_cell(WATCH))
     notebook.cells.append(nbformat.v4.new_code_cell("import json\nprint(json.dumps(_seen))"))
-    NotebookClient(
-        notebook,
-        timeout=3600,
-        kernel_name="python3",
-        resources={"metadata": {"path": str(path.parent)}},
-    ).execute()
+    NotebookClient(notebook, timeout=3600, kernel_name="python3",
+                   resources={"metadata": {"path": str(path.parent)}}).execute()
     return json.loads(notebook.cells[-1].outputs[0].text)
 
 
@@ -73,15 +67,11 @@ def complaints(figures):
     for figure in figures:
         # a figure wider than the slide is made smaller
         shrunk = min(1, make_copies.WIDTH / 80 / figure["width"])
-        found += [
-            f"{size * shrunk:.1f} points: {text}"
-            for text, size in figure["texts"]
-            if size * shrunk < 11 - 1e-6
-        ]
+        found += [f"{size * shrunk:.1f} points: {text}" for text,
+                  size in figure["texts"] if size * shrunk < 11 - 1e-6]
         for lines in figure["axes"]:
-            for (a, colour, *style, width), (b, colour2, *style2, width2) in itertools.combinations(
-                lines, 2
-            ):
+            for (a, colour, *style, width), (b, colour2, *style2,
+                                             width2) in itertools.combinations(lines, 2):
                 if style == style2 and max(width, width2) < 3 * min(width, width2):
                     found.append(
                         f"told apart by nothing but colour ({colour}, {colour2}): {a} and {b}"
@@ -92,22 +82,10 @@ def complaints(figures):
 def test_complaints_are_made():
     line = ["a", "#000000", "-", "None", 1.5]
     figure = {"width": 15, "texts": [("small", 12)], "axes": [[line, ["b", "#ff0000", *line[2:]]]]}
-    assert complaints([figure]) == [
-        "10.7 points: small",
-        "told apart by nothing but colour (#000000, #ff0000): a and b",
-    ]
-    assert (
-        complaints(
-            [
-                {
-                    "width": 13,
-                    "texts": [("large", 11)],
-                    "axes": [[line, ["b", "#ff0000", "--", "None", 1.5]]],
-                }
-            ]
-        )
-        == []
-    )
+    assert complaints([figure]) == ["10.7 points: small",
+                                    "told apart by nothing but colour (#000000, #ff0000): a and b"]
+    assert (complaints([{"width": 13, "texts": [("large", 11)],
+                         "axes": [[line, ["b", "#ff0000", "--", "None", 1.5]]]}]) == [])
 
 
 def run_as_a_student(name, folder, monkeypatch):
@@ -134,7 +112,6 @@ def test_each_runs_without_its_solutions_and_its_figures_can_be_read(path, tmp_p
 
 
 # ------------------------------------------------------------------ animations and sliders
-
 
 def test_what_moves_is_told_in_words():
     """Each animation has alt text, and between it and the next heading stands what it shows."""
@@ -165,14 +142,11 @@ def test_every_slider_has_a_label_and_its_keys_are_told():
         for i, cell in enumerate(page):
             if cell["cell_type"] != "code" or "interact(" not in cell["source"]:
                 continue
-            calls = [
-                node for node in ast.walk(ast.parse(cell["source"])) if isinstance(node, ast.Call)
-            ]
-            widgets = [
-                call
-                for call in calls
-                if re.search(r"(Slider|Buttons|Dropdown|Text|Checkbox)$", ast.unparse(call.func))
-            ]
+            calls = [node for node in ast.walk(ast.parse(cell["source"]))
+                     if isinstance(node, ast.Call)]
+            widgets = [call for call in calls
+                       if re.search(r"(Slider|Buttons|Dropdown|Text|Checkbox)$",
+                                    ast.unparse(call.func))]
             (interact,) = [call for call in calls if ast.unparse(call.func).endswith("interact")]
             moved = [k for k in interact.keywords if "fixed(" not in ast.unparse(k.value)]
             assert len(widgets) == len(moved) > 0, "interact makes its own widgets of plain values"
@@ -180,8 +154,7 @@ def test_every_slider_has_a_label_and_its_keys_are_told():
                 label = {k.arg: k.value for k in call.keywords}["description"]
                 assert isinstance(label, ast.Constant) and label.value.strip()
             sliders += 1
-            assert (
-                page[i - 1]["cell_type"] == "markdown" and "arrow keys" in page[i - 1]["source"]
-            ), path.stem
+            assert (page[i - 1]["cell_type"] == "markdown"
+                    and "arrow keys" in page[i - 1]["source"]), path.stem
             assert "interact" not in page[i + 1]["source"], "the view without a kernel is missing"
     assert sliders >= 3

@@ -18,23 +18,8 @@ STATIC = {
     "text/plain",
 }  # what a page without scripts can show
 VOID = {"br", "hr", "img"}
-TAGS = VOID | {
-    "details",
-    "summary",
-    "sub",
-    "sup",
-    "table",
-    "thead",
-    "tbody",
-    "tr",
-    "th",
-    "td",
-    "b",
-    "i",
-    "p",
-    "a",
-    "code",
-}
+TAGS = VOID | {"details", "summary", "sub", "sup", "table", "thead", "tbody", "tr", "th", "td", "b",
+               "i", "p", "a", "code"}
 REFUSED = [
     "newcommand",
     "renewcommand",
@@ -63,11 +48,8 @@ def without_code(text):
 
 def mathematics(text):
     """The formulas of a markdown cell, as matches with the groups display and inline."""
-    return list(
-        re.finditer(
-            r"\$\$(?P<display>.+?)\$\$|(?<!\\)\$(?P<inline>[^$]+?)\$", without_code(text), re.DOTALL
-        )
-    )
+    return list(re.finditer(r"\$\$(?P<display>.+?)\$\$|(?<!\\)\$(?P<inline>[^$]+?)\$",
+                            without_code(text), re.DOTALL))
 
 
 def complaints(text):
@@ -80,12 +62,8 @@ def complaints(text):
         end = match.end()
         formula = match["display"] or match["inline"]
         if match["display"]:
-            if (
-                before.rstrip(" ")
-                and not re.search(r"\n *\n *$", before)
-                or after
-                and not re.match(r" *(\n *(\n|$)|$)", after)
-            ):
+            if (before.rstrip(" ") and not re.search(r"\n *\n *$", before) or after
+                and not re.match(r" *(\n *(\n|$)|$)", after)):
                 found.append(f"$$ without blank lines around it: {formula}")
             if re.search(r"\n\s*\n", formula):
                 found.append(f"an empty line inside $$: {formula}")
@@ -117,42 +95,18 @@ def complaints(text):
     return found
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "so $a$ and $b are",
-        "see $ a$ there",
-        "see $a$2",
-        "then\n$$a$$\n\nso",
-        "then\n\n$$a$$\nso",
-        "$$a\n\nb$$",
-        "$\\frac{a}{b$",
-        "$\\left(a)$",
-        "$$\\begin{align}a\\end{align}$$",
-        "\\begin{equation}a\\end{equation}",
-        "$a <b$",
-        "$a\\_b$",
-        "$\\operatorname{tr} a$",
-        "$$\\begin{aligned}a$$",
-        "so \\(a\\) is",
-        "the \\alpha of it",
-    ],
-)
+@pytest.mark.parametrize("text", ["so $a$ and $b are", "see $ a$ there", "see $a$2",
+                                  "then\n$$a$$\n\nso", "then\n\n$$a$$\nso", "$$a\n\nb$$",
+                                  "$\\frac{a}{b$", "$\\left(a)$", "$$\\begin{align}a\\end{align}$$",
+                                  "\\begin{equation}a\\end{equation}", "$a <b$", "$a\\_b$",
+                                  "$\\operatorname{tr} a$", "$$\\begin{aligned}a$$",
+                                  "so \\(a\\) is", "the \\alpha of it"])
 def test_what_is_complained_about(text):
     assert complaints(text)
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "so $a_t$ and $b_t$, are",
-        "then\n\n$$\na_1 &= b \\\\\n$$\n\nso",
-        "`$HOME` and $a$",
-        "```\n$x\n```",
-        "costs \\$5",
-        "$$a$$",
-    ],
-)
+@pytest.mark.parametrize("text", ["so $a_t$ and $b_t$, are", "then\n\n$$\na_1 &= b \\\\\n$$\n\nso",
+                                  "`$HOME` and $a$", "```\n$x\n```", "costs \\$5", "$$a$$"])
 def test_what_is_not(text):
     assert not complaints(text)
 
@@ -191,16 +145,13 @@ def assert_survives_without_scripts(text):
     assert not read.open, f"not closed: {read.open}"
     assert set(read.tags) <= TAGS, set(read.tags) - TAGS
     for tag, name, value in read.attributes:
-        assert not name.startswith("on") and not (value or "").startswith("javascript:"), (
-            tag,
-            name,
-        )
+        assert not name.startswith("on") and not (value or "").startswith("javascript:"), (tag,
+                                                                                           name)
         if tag == "img" and name == "src":
             # nothing from elsewhere
             assert value.startswith("data:image/") and len(value) > 100, value[:100]
-    assert read.tags.count("img") == sum(
-        name == "alt" and bool(value) for _, name, value in read.attributes
-    )
+    assert read.tags.count("img") == sum(name == "alt" and bool(value) for _, name,
+                                         value in read.attributes)
     return read
 
 
@@ -242,9 +193,8 @@ def test_nbconvert_keeps_every_formula(path):
     """nbconvert reads the markdown: whatever stands between dollars must come out as it went in."""
     filters = pytest.importorskip("nbconvert.filters")
     for source in prose(path):
-        page = re.sub(
-            r"<(code|pre)\b.*?</\1>", "code", filters.markdown2html(source), flags=re.DOTALL
-        )
+        page = re.sub(r"<(code|pre)\b.*?</\1>", "code", filters.markdown2html(source),
+                      flags=re.DOTALL)
         page = html.unescape(page)
         for match in mathematics(source):
             formula = match[0].strip("$")
@@ -257,10 +207,8 @@ def test_nbconvert_to_html(path):
     nbconvert = pytest.importorskip("nbconvert")
     page, _ = nbconvert.HTMLExporter().from_filename(str(path))
     outputs = [output for cell in code_cells(path) for output in cell["outputs"]]
-    pictures = sum(
-        "image/png" in output.get("data", {}) and "text/html" not in output["data"]
-        for output in outputs
-    )
+    pictures = sum("image/png" in output.get("data", {}) and "text/html" not in output["data"]
+                   for output in outputs)
     assert pictures > 0
     assert page.count('src="data:image/png;base64,') == pictures
     plain = html.unescape(page)

@@ -556,7 +556,7 @@ def frechet_distance(mean1, cov1, mean2, cov2):
     values, vectors = torch.linalg.eigh(cov1)
     root = vectors @ torch.diag(values.clamp(min=0).sqrt()) @ vectors.T     # the root of cov1
     cross = torch.linalg.eigvalsh(root @ cov2 @ root).clamp(min=0).sqrt().sum()
-    return max(0.0, float((mean1 - mean2).square().sum() + cov1.trace() + cov2.trace() - 2 * cross))
+    return max(float((mean1 - mean2).square().sum() + cov1.trace() + cov2.trace() - 2 * cross), 0.0)
 
 
 # --- 09: a faster solver

@@ -1,24 +1,19 @@
-"""The samplers with noise predictors that are exactly right, so that what is measured is the sampler alone.
+"""The samplers with noise predictors that are exactly right: what is measured is the sampler alone.
 
-Where x_0 is a Gaussian, the exact ε(x_t, t) is a straight line in x_t, so each step is an affine map plus noise, and
-mean and variance of the whole way follow from two short recursions, written here in float64 without the helper.
+Where x_0 is a Gaussian, the exact ε(x_t, t) is a straight line in x_t, so each step is an affine
+map plus noise, and mean and variance of the whole way follow from two short recursions, written
+here in float64 without the helper.
 """
 
+import functools
 import math
 
 import numpy as np
 import pytest
 import torch
 
-from ddpm_utils import (
-    NoiseSchedule,
-    cosine_schedule,
-    ddim_sample,
-    ddpm_sample,
-    dpm_solver_sample,
-    linear_schedule,
-    stops,
-)
+import ddpm_utils as d
+from ddpm_utils import cosine_schedule, ddim_sample, ddpm_sample, dpm_solver_sample, linear_schedule
 
 MEAN, STD = 0.3, 0.2  # of x_0
 N = 40_000
@@ -26,30 +21,46 @@ quiet = {"clip": False, "progress": False}
 
 
 class GaussianNoise:
-    """E[ε given x_t] where x_0 ~ N(MEAN, STD²)."""
+    """E[ε given x_t] where x_0 ~ N(mean, std²)."""
 
-    def __init__(self, schedule):
-        self.schedule = schedule
+    def __init__(self, schedule, mean=MEAN, std=STD):
+        self.schedule, self.mean, self.std = schedule, mean, std
 
     def __call__(self, xt, t):
         alpha_bar = self.schedule.alpha_bars[int(t[0])].double()
-        line = (1 - alpha_bar).sqrt() / (alpha_bar * STD**2 + 1 - alpha_bar)
-        return (line * (xt.double() - alpha_bar.sqrt() * MEAN)).float()
+        line = (1 - alpha_bar).sqrt() / (alpha_bar * self.std**2 + 1 - alpha_bar)
+        return (line * (xt.double() - alpha_bar.sqrt() * self.mean)).float()
 
 
 def to_a_tenth(schedule):
     """The exact noise where x_0 is 0.1."""
+    return GaussianNoise(schedule, 0.1, 0.0)
 
-    def predict(xt, t):
-        alpha_bar = schedule.alpha_bars[t[0]]
-        return (xt - 0.1 * alpha_bar.sqrt()) / (1 - alpha_bar).sqrt()
 
-    return predict
+def half(xt, t):
+    """A model that is wrong but simple."""
+    return 0.5 * xt
+
+
+def far_off(xt, t):
+    """Says so much noise that x̂_0 is far outside [-1, 1]."""
+    return -5 * torch.ones_like(xt)
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def alpha_bars_of(betas):
+    """ᾱ_0 … ᾱ_T in float64."""
+    return np.concatenate([[1.0], np.cumprod(1 - betas)])
 
 
 def linear_alpha_bars(T):
-    betas = np.minimum(np.linspace(1e-4, 0.02, T) * 1000 / T, 0.999)
-    return np.concatenate([[1.0], np.cumprod(1 - betas)])
+    return alpha_bars_of(np.minimum(np.linspace(1e-4, 0.02, T) * 1000 / T, 0.999))
+
+
+# ------------------------------------------------------------------ the law of a Gaussian
 
 
 def exact_line(alpha_bar):
@@ -60,39 +71,39 @@ def exact_line(alpha_bar):
 
 def ddpm_law(T, sigma):
     """Mean and variance of x_0 by Eq. 11: x_{t-1} = (x_t - β/√(1-ᾱ) ε)/√α + σ z."""
-    alpha_bars = linear_alpha_bars(T)
-    mean, variance = 0.0, 1.0
-    for t in range(T, 0, -1):
-        alpha = alpha_bars[t] / alpha_bars[t - 1]
-        a, b = exact_line(alpha_bars[t])
-        pull = (1 - alpha) / math.sqrt(1 - alpha_bars[t])
-        mean = (mean - pull * (a * mean + b)) / math.sqrt(alpha)
-        variance = variance * ((1 - pull * a) / math.sqrt(alpha)) ** 2
-        if t > 1:
-            small = (1 - alpha) * (1 - alpha_bars[t - 1]) / (1 - alpha_bars[t])
-            variance += 1 - alpha if sigma == "beta" else small
+    alpha_bars, mean, variance = linear_alpha_bars(T), 0.0, 1.0
+    for now, then in zip(alpha_bars[:0:-1], alpha_bars[-2::-1]):
+        a, b = exact_line(now)
+        beta, root = 1 - now / then, math.sqrt(now / then)
+        pull = beta / math.sqrt(1 - now)
+        mean = (mean - pull * (a * mean + b)) / root
+        variance = variance * ((1 - pull * a) / root) ** 2
+        if then < 1:
+            variance += beta if sigma == "beta" else beta * (1 - then) / (1 - now)
     return mean, variance
 
 
-def ddim_law(T, steps):
-    """Mean and variance of x_0 by an Euler step of dx̄ = ε dσ, x̄ = x/√ᾱ and σ = √((1-ᾱ)/ᾱ) (DDIM Eq. 14)."""
-    alpha_bars = linear_alpha_bars(T)
-    mean, variance = 0.0, 1.0
-    stops = [round(T * (1 - i / steps)) for i in range(steps + 1)]
-    for now, then in zip(stops[:-1], stops[1:]):
-        a, b = exact_line(alpha_bars[now])
-        s_now, s_then = (math.sqrt((1 - alpha_bars[t]) / alpha_bars[t]) for t in (now, then))
-        keep, bring = math.sqrt(alpha_bars[now]), math.sqrt(alpha_bars[then])
-        factor = bring * (1 / keep + (s_then - s_now) * a)
-        mean, variance = factor * mean + bring * (s_then - s_now) * b, factor**2 * variance
+def ddim_law(T, steps, eta):
+    """Mean and variance of x_0 by DDIM Eq. 12 and 16: √ᾱ_{t-1} x̂_0 + √(1-ᾱ_{t-1}-σ²) ε + σ z."""
+    alpha_bars, mean, variance = linear_alpha_bars(T), 0.0, 1.0
+    places = [round(T * (1 - i / steps)) for i in range(steps + 1)]
+    for now, then in zip(alpha_bars[places[:-1]], alpha_bars[places[1:]]):
+        a, b = exact_line(now)
+        sigma = eta * math.sqrt((1 - then) / (1 - now)) * math.sqrt(1 - now / then)
+        along = math.sqrt(1 - then - sigma**2)
+        factor = math.sqrt(then / now) * (1 - math.sqrt(1 - now) * a) + along * a
+        mean = factor * mean + (along - math.sqrt(then / now) * math.sqrt(1 - now)) * b
+        variance = factor**2 * variance + sigma**2
     return mean, variance
 
 
-def assert_has_law(x, mean, variance):
+def assert_follows(law, sample, T, **options):
+    schedule = linear_schedule(T)
+    x = sample(GaussianNoise(schedule), schedule, N, shape=(1,), **options, **quiet).double()
     assert x.shape == (N, 1) and torch.isfinite(x).all()
-    x = x.double()
-    # 5 standard errors of a Gaussian sample's mean and variance, and
-    # float32's rounding over many steps
+    mean, variance = law
+    # 5 standard errors of a Gaussian sample's mean and variance, and float32's rounding over
+    # many steps
     assert abs(float(x.mean()) - mean) < 5 * math.sqrt(variance / N) + 1e-4
     assert abs(float(x.var()) - variance) < 5 * variance * math.sqrt(2 / N) + 1e-5
 
@@ -100,319 +111,162 @@ def assert_has_law(x, mean, variance):
 @pytest.mark.parametrize("T", [20, 100, 1000])
 @pytest.mark.parametrize("sigma", ["beta", "beta_tilde"])
 def test_ddpm_with_the_exact_noise_of_a_gaussian(T, sigma):
-    schedule = linear_schedule(T)
-    x = ddpm_sample(GaussianNoise(schedule), schedule, N, shape=(1,), sigma=sigma, **quiet)
-    assert_has_law(x, *ddpm_law(T, sigma))
+    assert_follows(ddpm_law(T, sigma), ddpm_sample, T, sigma=sigma)
 
 
-@pytest.mark.parametrize("steps", [20, 100, 1000])
-def test_ddim_with_the_exact_noise_of_a_gaussian(steps):
-    schedule = linear_schedule(1000)
-    x = ddim_sample(GaussianNoise(schedule), schedule, N, steps=steps, shape=(1,), **quiet)
-    assert_has_law(x, *ddim_law(1000, steps))
+@pytest.mark.parametrize("steps, eta", [(20, 0.0), (100, 0.0), (1000, 0.0), (40, 0.5)])
+def test_ddim_with_the_exact_noise_of_a_gaussian(steps, eta):
+    assert_follows(ddim_law(1000, steps, eta), ddim_sample, 1000, steps=steps, eta=eta)
 
 
 @pytest.mark.parametrize("T", [20, 100, 1000])
-def test_ddim_with_eta_1_over_all_steps_is_ddpm_with_the_small_variance(T):
-    schedule = linear_schedule(T)
-    x = ddim_sample(GaussianNoise(schedule), schedule, N, steps=T, eta=1.0, shape=(1,), **quiet)
-    assert_has_law(x, *ddpm_law(T, "beta_tilde"))
-
-
-def test_ddim_with_eta_1_over_all_steps_is_ddpm_number_for_number():
-    """Both draw one noise a step, so with the same generator not only the law but the very samples agree."""
-    schedule = cosine_schedule(60)
-    first, second = (torch.Generator().manual_seed(5) for _ in range(2))
-    ddpm = ddpm_sample(
-        GaussianNoise(schedule),
-        schedule,
-        500,
-        shape=(2,),
-        sigma="beta_tilde",
-        generator=first,
-        **quiet,
-    )
-    ddim = ddim_sample(
-        GaussianNoise(schedule), schedule, 500, 60, eta=1.0, shape=(2,), generator=second, **quiet
-    )
-    torch.testing.assert_close(ddpm, ddim, rtol=0, atol=2e-4)
-
-
-def test_ddim_with_a_middle_eta():
-    """DDIM Eq. 12 and 16 with η = 0.5 in float64: √ᾱ_{t-1} x̂_0 + √(1-ᾱ_{t-1}-σ²) ε + σ z."""
-    T, steps, eta = 1000, 40, 0.5
-    alpha_bars, mean, variance = linear_alpha_bars(T), 0.0, 1.0
-    for i in range(steps):
-        now, then = (alpha_bars[T - (i + k) * T // steps] for k in (0, 1))
-        a, b = exact_line(now)
-        sigma = eta * math.sqrt((1 - then) / (1 - now)) * math.sqrt(1 - now / then)
-        along = math.sqrt(1 - then - sigma**2)
-        factor = math.sqrt(then / now) * (1 - math.sqrt(1 - now) * a) + along * a
-        mean = factor * mean + (along - math.sqrt(then / now) * math.sqrt(1 - now)) * b
-        variance = factor**2 * variance + sigma**2
-    schedule = linear_schedule(T)
-    x = ddim_sample(GaussianNoise(schedule), schedule, N, steps=steps, eta=eta, shape=(1,), **quiet)
-    assert_has_law(x, mean, variance)
+def test_ddim_with_eta_1_over_all_steps_is_ddpm_number_for_number(T):
+    """Both draw one noise a step, so with the same generator the very samples agree."""
+    for schedule in (linear_schedule(T), cosine_schedule(T)):
+        model, options = GaussianNoise(schedule), {"shape": (2,), **quiet}
+        ddpm = ddpm_sample(model, schedule, 500, sigma="beta_tilde", generator=seeded(5), **options)
+        ddim = ddim_sample(model, schedule, 500, T, 1.0, generator=seeded(5), **options)
+        torch.testing.assert_close(ddpm, ddim, rtol=0, atol=2e-4)
 
 
 def test_the_error_at_finite_steps_vanishes_as_they_grow():
-    """Fact: N(0.3, 0.2²), linear T = 1000, comes out with a standard deviation of 0.14 in 20 steps of DDIM, 0.186 in 100."""
-    schedule = linear_schedule(1000)
-    noise = GaussianNoise(schedule)
-    ddim = [
-        float(ddim_sample(noise, schedule, N, steps=s, shape=(1,), **quiet).std())
-        for s in (20, 100, 1000)
-    ]
-    error = 5 * STD / math.sqrt(2 * N)
-    assert ddim[0] == pytest.approx(0.14, abs=0.005) and ddim[1] == pytest.approx(0.186, abs=error)
-    assert STD - ddim[0] > 3 * (STD - ddim[1]) and STD - ddim[1] > 3 * (STD - ddim[2])
-    for sigma in ("beta", "beta_tilde"):
-        off = []
-        for T in (20, 100, 1000):
-            schedule = linear_schedule(T)
-            x = ddpm_sample(GaussianNoise(schedule), schedule, N, shape=(1,), sigma=sigma, **quiet)
-            off.append(abs(float(x.std()) - STD))
-        assert off[0] > 2 * off[1] and off[1] > 2 * off[2]
-        # and the exact recursion, which the sampler was shown to follow, goes to the truth like 1/T
-        law = [abs(math.sqrt(ddpm_law(T, sigma)[1]) - STD) for T in (1000, 10_000)]
-        assert law[1] < law[0] / 5 and law[1] < 1e-3
+    """Of the laws, which the samplers were shown to follow. Fact: N(0.3, 0.2²), linear T = 1000,
+    comes out with a standard deviation of 0.14 in 20 steps of DDIM, 0.186 in 100."""
+    ddim = [math.sqrt(ddim_law(1000, steps, 0.0)[1]) for steps in (20, 100, 1000)]
+    assert ddim[:2] == [pytest.approx(0.14, abs=0.001), pytest.approx(0.186, abs=0.0005)]
+    assert STD - ddim[0] > 3 * (STD - ddim[1]) > 9 * (STD - ddim[2]) > 0
+    for sigma in ("beta", "beta_tilde"):  # goes to the truth like 1/T
+        off = [abs(math.sqrt(ddpm_law(T, sigma)[1]) - STD) for T in (20, 100, 1000, 10_000)]
+        assert off[0] > 2 * off[1] > 4 * off[2] and off[3] < off[2] / 5 and off[3] < 1e-3
         assert ddpm_law(10_000, sigma)[0] == pytest.approx(MEAN, abs=2e-3)
 
 
 # ------------------------------------------------------------------ two bumps
 
-BUMPS = [(0.4, -0.5, 0.15), (0.6, 0.6, 0.1)]  # weight, mean, standard deviation
+BUMPS = d.GaussianMixture([0.4, 0.6], [-0.5, 0.6], [0.15, 0.1])
 
 
-def bumps_noise(schedule):
-    """-√(1-ᾱ) times the score of q(x_t), by autograd on its log-density: no formula shared with the helper."""
-
-    def noise(xt, t):
-        alpha_bar = float(schedule.alpha_bars[int(t[0])])
-        x = xt.double().requires_grad_()
-        with torch.enable_grad():
-            parts = [
-                math.log(w) - (x - math.sqrt(alpha_bar) * m) ** 2 / (2 * v) - math.log(v) / 2
-                for w, m, v in ((w, m, alpha_bar * s**2 + 1 - alpha_bar) for w, m, s in BUMPS)
-            ]
-            log_q = torch.logsumexp(torch.stack(parts), dim=0).sum()
-        return (-math.sqrt(1 - alpha_bar) * torch.autograd.grad(log_q, x)[0]).float()
-
-    return noise
+def distance_from_bumps(x):
+    """Kolmogorov and Smirnov's: the largest between x's distribution function and the exact one."""
+    x = x.double().view(-1, 1).sort(dim=0).values
+    exact = (BUMPS.weights * torch.special.ndtr((x - BUMPS.means) / BUMPS.stds)).sum(dim=1)
+    return float((torch.arange(1, len(x) + 1) / len(x) - exact).abs().max())
 
 
-def draw_bumps(n):
-    which = torch.rand(n) < BUMPS[0][0]
-    (_, m1, s1), (_, m2, s2) = BUMPS
-    return torch.where(which, m1 + s1 * torch.randn(n), m2 + s2 * torch.randn(n))
+LIMIT = 1.95 / math.sqrt(8000)  # passed by chance once in a thousand samples of the same law
 
 
-def kolmogorov_smirnov(x, y):
-    """The largest distance of two samples' distribution functions."""
-    x, y = np.sort(x.numpy().ravel()), np.sort(y.numpy().ravel())
-    everywhere = np.concatenate([x, y])
-    return np.abs(
-        np.searchsorted(x, everywhere, "right") / len(x)
-        - np.searchsorted(y, everywhere, "right") / len(y)
-    ).max()
+@pytest.mark.parametrize("sample, options", [
+    (ddpm_sample, {"sigma": "beta"}), (ddpm_sample, {"sigma": "beta_tilde"}),
+    (ddim_sample, {"steps": 1000})])
+def test_two_bumps_at_1000_steps(sample, options):
+    schedule = linear_schedule(1000)
+    noise = d.exact_noise_predictor(BUMPS, schedule)
+    assert distance_from_bumps(sample(noise, schedule, 8000, shape=(), **options, **quiet)) < LIMIT
 
 
-@pytest.mark.parametrize("sampler", ["beta", "beta_tilde", "ddim"])
-def test_two_bumps_at_1000_steps(sampler):
-    n, schedule = 8000, linear_schedule(1000)
-    noise = bumps_noise(schedule)
-    if sampler == "ddim":
-        x = ddim_sample(noise, schedule, n, steps=1000, shape=(1,), **quiet)
-    else:
-        x = ddpm_sample(noise, schedule, n, shape=(1,), sigma=sampler, **quiet)
-    limit = 1.95 * math.sqrt(2 / n)  # passed by chance once in a thousand samples of the same law
-    assert kolmogorov_smirnov(x, draw_bumps(n)) < limit
-    # that limit does tell: 0.03 off, or one bump a fifth wider, is seen
-    assert kolmogorov_smirnov(draw_bumps(n) + 0.03, draw_bumps(n)) > limit
+def test_that_distance_sees_few_steps_and_0_03_off():
+    schedule, x = linear_schedule(1000), BUMPS.sample(8000)
+    assert distance_from_bumps(x) < LIMIT < distance_from_bumps(x + 0.03)
+    noise = d.exact_noise_predictor(BUMPS, schedule)
+    assert distance_from_bumps(ddim_sample(noise, schedule, 8000, 8, shape=(), **quiet)) > LIMIT
 
 
-def test_few_steps_are_seen_by_that_distance():
-    schedule, n = linear_schedule(1000), 8000
-    x = ddim_sample(bumps_noise(schedule), schedule, n, steps=8, shape=(1,), **quiet)
-    assert kolmogorov_smirnov(x, draw_bumps(n)) > 1.95 * math.sqrt(2 / n)
+# ------------------------------------------------------------------ step by step, and the clip
 
 
-# ------------------------------------------------------------------ step by step
+def fitting_noise(model, x, alpha_bar, clip):
+    """What model says, or where its x̂_0 is clipped the ε that goes with that; and x̂_0."""
+    x0 = (x - math.sqrt(1 - alpha_bar) * model(x, None)) / math.sqrt(alpha_bar)
+    x0 = x0.clamp(-1, 1) if clip else x0
+    return (x - math.sqrt(alpha_bar) * x0) / math.sqrt(1 - alpha_bar), x0
 
 
-def half(xt, t):
-    """A model that is wrong but simple."""
-    return 0.5 * xt
-
-
+@pytest.mark.parametrize("model, clip", [(half, False), (far_off, True)])
 @pytest.mark.parametrize("sigma", ["beta", "beta_tilde"])
-def test_ddpm_adds_noise_of_the_right_size_but_none_in_the_last_step(sigma):
-    T, n = 12, 20_000
-    betas = np.linspace(0.02, 0.4, T)  # mild, so that a wrong model's x_t stays small
-    schedule, alpha_bars = NoiseSchedule(betas), np.concatenate([[1.0], np.cumprod(1 - betas)])
-    way = ddpm_sample(
-        half, schedule, n, shape=(1,), sigma=sigma, return_trajectory=True, **quiet
-    ).double()
-    for t in range(T, 0, -1):
-        now, then = way[T - t], way[T - t + 1]
-        alpha = alpha_bars[t] / alpha_bars[t - 1]
-        mean = (now - (1 - alpha) / math.sqrt(1 - alpha_bars[t]) * 0.5 * now) / math.sqrt(alpha)
-        added = then - mean
-        small = (1 - alpha) * (1 - alpha_bars[t - 1]) / (1 - alpha_bars[t])
-        variance = 1 - alpha if sigma == "beta" else small
+def test_ddpm_adds_noise_of_the_right_size_but_none_in_the_last_step(sigma, model, clip):
+    """Eq. 11; the clip is one of x̂_0: x_t may be outside [-1, 1]."""
+    n = 20_000
+    betas = np.linspace(0.02, 0.4, 12)  # mild, so that a wrong model's x_t stays small
+    alpha_bars = alpha_bars_of(betas)
+    way = ddpm_sample(model, d.NoiseSchedule(betas), n, shape=(1,), sigma=sigma, clip=clip,
+                      return_trajectory=True, progress=False).double()
+    for i, t in enumerate(range(12, 0, -1)):
+        beta, now, then = betas[t - 1], alpha_bars[t], alpha_bars[t - 1]
+        noise, _ = fitting_noise(model, way[i], now, clip)
+        added = way[i + 1] - (way[i] - beta / math.sqrt(1 - now) * noise) / math.sqrt(1 - beta)
         if t == 1:
             assert float(added.abs().max()) < 1e-4
         else:
+            variance = beta if sigma == "beta" else beta * (1 - then) / (1 - now)
             assert abs(float(added.var()) - variance) < 5 * variance * math.sqrt(2 / n) + 1e-6, t
             assert abs(float(added.mean())) < 5 * math.sqrt(variance / n) + 1e-5, t
 
 
-@pytest.mark.parametrize("eta", [0.0, 1.0])
-def test_ddim_ends_at_the_predicted_x0(eta):
-    schedule = linear_schedule(100)
-    way = ddim_sample(half, schedule, 50, 10, eta=eta, shape=(3,), return_trajectory=True, **quiet)
-    last_but_one = way[-2]  # at t = 10
-    alpha_bar = float(schedule.alpha_bars[10])
-    predicted = (last_but_one - math.sqrt(1 - alpha_bar) * 0.5 * last_but_one) / math.sqrt(
-        alpha_bar
-    )
-    torch.testing.assert_close(way[-1], predicted, rtol=1e-4, atol=1e-5)
-
-
-def test_ddim_with_eta_0_draws_nothing_after_x_T():
-    schedule, x_T = linear_schedule(100), torch.randn(4, 1, 8, 8)
+@pytest.mark.parametrize("model, clip, eta", [(half, False, 0.0), (half, False, 1.0),
+                                              (far_off, True, 0.0), (far_off, True, 1.0)])
+def test_ddim_steps_along_the_noise_and_ends_at_the_predicted_x0(model, clip, eta):
+    """Eq. 12 with the ε that fits a clipped x̂_0. With eta 0 nothing is drawn after x_T; with more
+    only the end is known, which is x̂_0."""
+    schedule, x_T, places = linear_schedule(100), torch.randn(50, 3), [100, 70, 62, 10, 0]
     before = torch.get_rng_state()
-    first = ddim_sample(half, schedule, 4, 10, shape=(1, 8, 8), x_T=x_T, progress=False)
-    assert torch.equal(torch.get_rng_state(), before)
-    assert torch.equal(
-        first, ddim_sample(half, schedule, 4, 10, shape=(1, 8, 8), x_T=x_T, progress=False)
-    )
-
-
-@pytest.mark.parametrize("T", [7, 50, 1000])
-def test_ddim_visits_as_many_different_steps_as_asked_for(T):
-    schedule = linear_schedule(T)
-    for steps in range(1, T + 1) if T <= 50 else (1, 2, 3, 7, 30, 333, 999, 1000):
-        seen = []
-
-        def model(xt, t):
-            assert t.shape == (2,) and t.dtype == torch.int64 and t[0] == t[1]
-            seen.append(int(t[0]))
-            return xt
-
-        ddim_sample(model, schedule, 2, steps, shape=(1,), progress=False)
-        assert len(seen) == steps and seen[0] == T and seen[-1] >= 1
-        gaps = [a - b for a, b in zip(seen, seen[1:] + [0])]
-        assert min(gaps) >= 1 and max(gaps) - min(gaps) <= 1  # evenly spaced
-
-
-def test_ddpm_visits_every_step():
-    seen = []
-
-    def model(xt, t):
-        assert t.shape == (3,) and t.dtype == torch.int64
-        seen.append(int(t[0]))
-        return xt
-
-    ddpm_sample(model, linear_schedule(15), 3, shape=(1,), progress=False)
-    assert seen == list(range(15, 0, -1))
-
-
-# ------------------------------------------------------------------ clipping
-
-
-def far_off(xt, t):
-    """Says so much noise that x̂_0 is far outside [-1, 1]."""
-    return -5 * torch.ones_like(xt)
+    way = ddim_sample(model, schedule, 50, places, eta, shape=(3,), clip=clip, x_T=x_T,
+                      return_trajectory=True, progress=False).double()
+    assert torch.equal(torch.get_rng_state(), before) == (eta == 0)
+    for i in range(3 if eta else 0, 4):
+        now, then = (linear_alpha_bars(100)[t] for t in places[i:i + 2])
+        noise, x0 = fitting_noise(model, way[i], now, clip)
+        expected = math.sqrt(then) * x0 + math.sqrt(1 - then) * noise
+        torch.testing.assert_close(way[i + 1], expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("sample", [ddpm_sample, ddim_sample, dpm_solver_sample])
-def test_clip_keeps_x0_in_range_and_no_clip_does_not(sample):
-    schedule = cosine_schedule(50)
-    clipped = sample(far_off, schedule, 8, shape=(1, 4, 4), progress=False)
-    assert float(clipped.max()) == pytest.approx(1, abs=1e-6) and float(clipped.min()) >= -1
-    assert (
-        float(sample(far_off, schedule, 8, shape=(1, 4, 4), clip=False, progress=False).max()) > 1.5
-    )
+@pytest.mark.parametrize("clip", [True, False])
+def test_clip_keeps_x0_in_range_and_changes_nothing_where_nothing_is_outside(sample, clip):
+    schedule, options = cosine_schedule(50), {"shape": (4, 4), "clip": clip, "progress": False}
+    x = sample(far_off, schedule, 8, **options)
+    if clip:
+        assert float(x.max()) == pytest.approx(1, abs=1e-6) and float(x.min()) >= -1
+    else:
+        assert float(x.max()) > 1.5
+    x = sample(to_a_tenth(schedule), schedule, 8, **options)
+    torch.testing.assert_close(x, torch.full((8, 4, 4), 0.1), rtol=0, atol=5e-4)
 
 
-def test_ddpm_clips_the_predicted_x0_and_not_xt():
-    schedule, x_T = cosine_schedule(50), torch.full((1, 4), 3.0)
-    way = ddpm_sample(
-        far_off, schedule, 1, shape=(4,), x_T=x_T, return_trajectory=True, progress=False
-    )
-    assert torch.equal(way[0], x_T)  # outside [-1, 1], and left so
-    mean, _ = schedule.q_posterior(
-        torch.ones(20_000), torch.full((20_000,), 0.2), torch.full((20_000,), 25)
-    )
-    half_way = NoiseSchedule(schedule.betas[1:26])  # the same chain, its last 25 steps only
-    many = ddpm_sample(
-        far_off,
-        half_way,
-        20_000,
-        shape=(),
-        x_T=torch.full((20_000,), 0.2),
-        return_trajectory=True,
-        progress=False,
-    )
-    error = 5 * math.sqrt(float(schedule.betas[25]) / 20_000)
-    assert float(many[1].mean()) == pytest.approx(float(mean[0]), abs=error)
+# ------------------------------------------------------------------ where the samplers stop
 
 
-def test_ddim_recomputes_the_noise_after_clipping():
-    schedule, x_T = cosine_schedule(50), torch.tensor([[0.5]])
-    way = ddim_sample(
-        far_off, schedule, 1, 5, shape=(1,), x_T=x_T, return_trajectory=True, progress=False
-    )
-    for i in range(5):
-        now, then = (float(schedule.alpha_bars[50 - 10 * k]) for k in (i, i + 1))
-        x = float(way[i])
-        noise = (x - math.sqrt(now) * 1.0) / math.sqrt(1 - now)  # ε that goes with x̂_0 = 1
-        assert float(way[i + 1]) == pytest.approx(
-            math.sqrt(then) * 1.0 + math.sqrt(1 - then) * noise, abs=1e-4
-        )
-
-
-def test_clipping_changes_nothing_where_nothing_is_outside():
-    schedule, x_T = linear_schedule(50), torch.randn(16, 2)
-    both = [
-        ddim_sample(
-            to_a_tenth(schedule), schedule, 16, 25, shape=(2,), x_T=x_T, clip=clip, progress=False
-        )
-        for clip in (True, False)
-    ]
-    torch.testing.assert_close(*both, rtol=0, atol=1e-3)
-    torch.testing.assert_close(both[0], torch.full((16, 2), 0.1), rtol=0, atol=1e-3)
-
-
-# ------------------------------------------------------------------ stops
-
-
-@pytest.mark.parametrize("steps, power", [(1, 1.0), (7, 1.0), (50, 1.0), (10, 1.6), (50, 3.0)])
-def test_stops_fall_from_T_to_0(steps, power):
-    found = stops(50, steps, power)
-    assert found[0] == 50 and found[-1] == 0 and all(isinstance(stop, int) for stop in found)
-    assert all(a > b for a, b in zip(found[:-1], found[1:]))
-    assert len(found) == steps + 1 or power > 1
-    gaps = [a - b for a, b in zip(found[:-1], found[1:])]
-    assert max(gaps) - min(gaps) <= 1 if power == 1 else gaps[0] <= gaps[-1]
-
-
-@pytest.mark.parametrize("sample", [ddim_sample, dpm_solver_sample])
-def test_stops_of_ones_own(sample):
-    schedule, x_T, seen = linear_schedule(50), torch.randn(3, 2), []
+def visited(sample, T, *steps):
+    seen = []
 
     def model(xt, t):
+        assert t.shape == (2,) and t.dtype == torch.int64 and t[0] == t[1]
         seen.append(int(t[0]))
         return 0.5 * xt
 
-    x = sample(model, schedule, 3, steps=[50, 31, 8, 0], shape=(2,), x_T=x_T, progress=False)
-    assert seen == [50, 31, 8] and x.shape == (3, 2)
-    even = sample(half, schedule, 3, steps=stops(50, 5, 1.0), shape=(2,), x_T=x_T, progress=False)
-    if sample is ddim_sample:
-        assert torch.equal(
-            even, sample(half, schedule, 3, steps=5, shape=(2,), x_T=x_T, progress=False)
-        )
+    assert sample(model, linear_schedule(T), 2, *steps, shape=(1,), progress=False).shape == (2, 1)
+    return seen
+
+
+@pytest.mark.parametrize("T", [7, 50, 1000])
+def test_ddim_visits_as_many_different_steps_as_asked_for_evenly_spaced(T):
+    for steps in range(1, T + 1) if T <= 50 else (1, 2, 3, 7, 30, 333, 999, 1000):
+        found = d.stops(T, steps)
+        gaps = [a - b for a, b in zip(found[:-1], found[1:])]
+        assert found[0] == T and found[-1] == 0 and all(isinstance(stop, int) for stop in found)
+        assert len(gaps) == steps and min(gaps) >= 1 and max(gaps) - min(gaps) <= 1
+        assert visited(ddim_sample, T, steps) == found[:-1]
+
+
+def test_ddpm_visits_every_step_and_the_others_stops_of_ones_own():
+    assert visited(ddpm_sample, 15) == list(range(15, 0, -1))
+    for sample in (ddim_sample, dpm_solver_sample):
+        assert visited(sample, 50, [50, 31, 8, 0]) == [50, 31, 8]
+    for steps, power in ((10, 1.6), (50, 3.0)):
+        found = d.stops(50, steps, power)
+        gaps = [a - b for a, b in zip(found[:-1], found[1:])]
+        assert found[0] == 50 and found[-1] == 0 and all(isinstance(stop, int) for stop in found)
+        assert min(gaps) >= 1 and gaps[0] <= gaps[-1]
 
 
 @pytest.mark.parametrize("wrong", [[50, 8], [50, 8, 8, 0], [8, 50, 0], [51, 8, 0], [0], []])
@@ -424,151 +278,62 @@ def test_stops_that_do_not_fall_to_0_are_refused(wrong):
 # ------------------------------------------------------------------ arguments and what comes back
 
 
-@pytest.mark.parametrize(
-    "sample, stages",
-    [
-        (ddpm_sample, 21),
-        (lambda *a, **k: ddim_sample(*a, steps=6, **k), 7),
-        (lambda *a, **k: dpm_solver_sample(*a, steps=6, **k), 7),
-    ],
-    ids=["ddpm", "ddim", "dpm_solver"],
-)
+@pytest.mark.parametrize("sample, stages", [
+    (ddpm_sample, 21), (functools.partial(ddim_sample, steps=6), 7),
+    (functools.partial(dpm_solver_sample, steps=6), 7)], ids=["ddpm", "ddim", "dpm_solver"])
 def test_shapes_generator_and_trajectory(sample, stages):
-    schedule = linear_schedule(20)
+    schedule, weight = linear_schedule(20), torch.nn.Parameter(torch.tensor(0.5))
+
+    def draw(seed=1, **options):
+        options = {"shape": (5,), "generator": seeded(seed), "progress": False, **options}
+        return sample(lambda xt, t: weight * xt, schedule, 2, **options)
+
     for shape in ((), (1,), (2,), (1, 28, 28), [3, 8, 4]):
-        x = sample(half, schedule, 3, shape=shape, progress=False)
-        assert x.shape == (3, *shape) and x.dtype == torch.float32 and not x.requires_grad
+        x = draw(shape=shape)
+        assert x.shape == (2, *shape) and x.dtype == torch.float32 and not x.requires_grad
     assert sample(half, schedule, 1, progress=False).shape == (1, 1, 28, 28)
 
-    first, again, other = (
-        sample(
-            half,
-            schedule,
-            2,
-            shape=(5,),
-            progress=False,
-            generator=torch.Generator().manual_seed(seed),
-        )
-        for seed in (1, 1, 2)
-    )
-    assert torch.equal(first, again) and not torch.equal(first, other)
     state = torch.get_rng_state()
-    sample(
-        half, schedule, 2, shape=(5,), progress=False, generator=torch.Generator().manual_seed(1)
-    )
+    assert torch.equal(draw(), draw()) and not torch.equal(draw(), draw(2))
     # with a generator the global one is left alone
     assert torch.equal(torch.get_rng_state(), state)
 
     x_T = torch.randn(2, 5)
     kept = x_T.clone()
-    way = sample(
-        half,
-        schedule,
-        2,
-        shape=(5,),
-        x_T=x_T,
-        return_trajectory=True,
-        progress=False,
-        generator=torch.Generator().manual_seed(1),
-    )
-    end = sample(
-        half,
-        schedule,
-        2,
-        shape=(5,),
-        x_T=x_T,
-        progress=False,
-        generator=torch.Generator().manual_seed(1),
-    )
+    way, end = draw(x_T=x_T, return_trajectory=True), draw(x_T=x_T)
     assert way.shape == (stages, 2, 5) and way.device.type == "cpu"
     assert torch.equal(way[0], kept) and torch.equal(way[-1], end)
     assert torch.equal(x_T, kept)  # the caller's x_T is not written to
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
-def test_a_start_in_another_float_type_is_taken(dtype):
-    x = ddim_sample(
-        half, linear_schedule(50), 2, 3, shape=(4,), x_T=torch.randn(2, 4).to(dtype), progress=False
-    )
-    assert x.dtype == torch.float32
-
-
-@pytest.mark.parametrize("sample", [ddpm_sample, ddim_sample, dpm_solver_sample])
-def test_no_gradients_are_kept(sample):
-    model = torch.nn.Linear(4, 4)
-    x = sample(lambda xt, t: model(xt), linear_schedule(50), 2, shape=(4,), progress=False)
-    assert not x.requires_grad
+    assert all(draw(x_T=x_T.to(t)).dtype == torch.float32 for t in (torch.float64, torch.float16))
 
 
 def test_the_bar_shows_or_not(capsys):
-    ddim_sample(half, linear_schedule(10), 1, 5, shape=(1,), progress=False)
-    assert capsys.readouterr() == ("", "")
-    ddim_sample(half, linear_schedule(10), 1, 5, shape=(1,))
-    out, err = capsys.readouterr()
-    assert "sampling" in out and "5/5" in out and err == ""  # stderr is red in a notebook
+    for progress in (False, True):
+        ddim_sample(half, linear_schedule(10), 1, 5, shape=(1,), progress=progress)
+        out, err = capsys.readouterr()
+        assert err == ""  # stderr is red in a notebook
+        assert "sampling" in out and "5/5" in out if progress else out == ""
 
 
-# ------------------------------------------------------------------ against diffusers, where it happens to be installed
-
-
-def diffusers_options(schedule):
-    return {
-        "num_train_timesteps": schedule.T,
-        "trained_betas": schedule.betas[1:].numpy(),
-        "clip_sample": True,
-        "prediction_type": "epsilon",
-    }
-
-
-@pytest.mark.parametrize("sigma, theirs", [("beta", "fixed_large"), ("beta_tilde", "fixed_small")])
-def test_ddpm_is_diffusers_ddpm(sigma, theirs):
-    """Step by step from the same x_T with the same draws; their t is one less than the paper's."""
+@pytest.mark.parametrize("name, T, options, theirs", [
+    ("DDPM", 100, {"sigma": "beta"}, {"variance_type": "fixed_large"}),
+    ("DDPM", 100, {"sigma": "beta_tilde"}, {"variance_type": "fixed_small"}),
+    ("DDIM", 1000, {"steps": 50, "eta": 0.0}, {"timestep_spacing": "trailing"}),
+    ("DDIM", 1000, {"steps": 50, "eta": 1.0}, {"timestep_spacing": "trailing"})])
+def test_diffusers_has_the_same_steps(name, T, options, theirs):
+    """Where it is installed: the same x_T, the same draws; their t is one less than the paper's."""
     diffusers = pytest.importorskip("diffusers")
-    schedule, x_T = linear_schedule(100), torch.randn(4, 1, 8, 8)
-    way = ddpm_sample(
-        half,
-        schedule,
-        4,
-        shape=(1, 8, 8),
-        sigma=sigma,
-        x_T=x_T,
-        return_trajectory=True,
-        generator=torch.Generator().manual_seed(7),
-        progress=False,
-    )
-    scheduler = diffusers.DDPMScheduler(variance_type=theirs, **diffusers_options(schedule))
-    generator, x = torch.Generator().manual_seed(7), x_T
-    for t in range(99, -1, -1):
-        x = scheduler.step(half(x, None), t, x, generator=generator).prev_sample
-        torch.testing.assert_close(way[100 - t], x, rtol=0, atol=2e-4)
-
-
-@pytest.mark.parametrize("eta", [0.0, 1.0])
-def test_ddim_is_diffusers_ddim(eta):
-    diffusers = pytest.importorskip("diffusers")
-    schedule, x_T = linear_schedule(1000), torch.randn(4, 1, 8, 8)
-    way = ddim_sample(
-        half,
-        schedule,
-        4,
-        50,
-        eta=eta,
-        shape=(1, 8, 8),
-        x_T=x_T,
-        return_trajectory=True,
-        generator=torch.Generator().manual_seed(7),
-        progress=False,
-    )
-    scheduler = diffusers.DDIMScheduler(
-        timestep_spacing="trailing", set_alpha_to_one=True, **diffusers_options(schedule)
-    )
-    scheduler.set_timesteps(50)
-    assert [int(t) + 1 for t in scheduler.timesteps] == list(range(1000, 0, -20))
-    generator, x = torch.Generator().manual_seed(7), x_T
+    schedule, x, draws = linear_schedule(T), torch.randn(4, 1, 8, 8), seeded(7)
+    way = {"DDPM": ddpm_sample, "DDIM": ddim_sample}[name](
+        half, schedule, 4, shape=(1, 8, 8), x_T=x, return_trajectory=True, generator=seeded(7),
+        progress=False, **options)
+    scheduler = getattr(diffusers, f"{name}Scheduler")(
+        num_train_timesteps=T, trained_betas=schedule.betas[1:].numpy(), **theirs)
+    scheduler.set_timesteps(len(way) - 1)
+    assert [int(t) + 1 for t in scheduler.timesteps] == d.stops(T, len(way) - 1)[:-1]
+    more = {"eta": options["eta"], "use_clipped_model_output": True} if name == "DDIM" else {}
     for i, t in enumerate(scheduler.timesteps):
-        if eta and i == 49:
-            break  # they add noise of size 0 there or draw it anyway, by version; the end is tested above
-        x = scheduler.step(
-            half(x, None), t, x, eta=eta, use_clipped_model_output=True, generator=generator
-        ).prev_sample
+        if options.get("eta") and i == 49:
+            break  # they add noise there or only draw it, by version; the end is tested above
+        x = scheduler.step(half(x, None), t, x, generator=draws, **more).prev_sample
         torch.testing.assert_close(way[i + 1], x, rtol=0, atol=2e-4)

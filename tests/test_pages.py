@@ -13,133 +13,94 @@ import tempfile
 import textwrap
 
 import copy_taught
-import matplotlib
 import matplotlib.pyplot as plt
 from series import PATHS, ROOT, code_cells, each_notebook, has_figure, printed, prose, read, tagged
 
-NAMES = ["01_schedule_and_forward_noising", "02_unet", "03_loss_derivation", "04_training_loop",
-         "05_reverse_sampling", "06_result_gif", "07_rgb_128", "08_scores_and_sdes",
-         "09_flow_as_ode"]
 LAST_HEADINGS = ["## Check yourself", "## What you learned", "## Common mistakes",
                  "## Where this comes from", "## Next"]
 COLAB = "https://colab.research.google.com/github/OWNER/diffusion-notebooks/blob/main/notebooks"
+BADGE = "https://colab.research.google.com/assets/colab-badge.svg"
+TIME = r"\*\*Time:\*\* (about |under )?\d+(\.\d+)? (minute|second)s? on two CPU cores"
 
 
-def test_all_notebooks_are_there():
-    assert [path.stem for path in PATHS][: len(NAMES)] == NAMES
+def is_check(cell):
+    return any(tag.startswith("check-") for tag in cell["tags"])
 
 
 @each_notebook
-def test_head(path):
+def test_head_and_closing_sections(path):
     first, second = prose(path)[:2]
-    assert re.match(rf"# {path.stem[:2]} · \S", first)
-    assert f"({COLAB}/{path.name})" in first
-    assert re.search(
-        r"\*\*Time:\*\* (about |under )?\d+(\.\d+)? (minute|second)s? on two CPU cores", first
-    ), "measured time missing"
-    assert "**Read before:**" in first
-    assert second.startswith("## You will")
+    assert re.match(rf"# {path.stem[:2]} · \S", first) and f"({COLAB}/{path.name})" in first
+    assert re.search(TIME, first), "measured time missing"
+    assert "**Read before:**" in first and second.startswith("## You will")
     assert 3 <= len(re.findall(r"^[-*\d]", second, re.MULTILINE)) <= 5
-
-
-@each_notebook
-def test_closing_sections(path):
     headings = re.findall(r"^## .*$", "\n".join(prose(path)), re.MULTILINE)
     assert headings[-5:] == LAST_HEADINGS
-    mistakes = next(text for text in prose(path) if "## Common mistakes" in text)
-    bullets = re.findall(r"^- ", mistakes[mistakes.index("## Common") :], re.MULTILINE)
+    (mistakes,) = [text for text in prose(path) if "## Common mistakes" in text]
+    bullets = re.findall(r"^- ", mistakes[mistakes.index("## Common"):], re.MULTILINE)
     assert len(bullets) >= 3, "each mistake is a bullet, with its symptom"
 
 
-def test_set_up_cell_is_short_collapsed_and_the_same_everywhere():
-    cells = [cell for path in PATHS for cell in code_cells(path) if "setup" in cell["tags"]]
-    assert len(cells) == len(PATHS)
-    assert len({cell["source"] for cell in cells}) == 1
-    assert len(cells[0]["source"].splitlines()) <= 12
-    assert "OWNER/diffusion-notebooks/main" in cells[0]["source"]
+def test_set_up_cell_is_short_and_the_same_everywhere():
+    assert [path.stem[:2] for path in PATHS] == [f"{k:02}" for k in range(1, 14)]
+    cells = [source for path in PATHS for source in tagged(path, "setup")]
+    assert len(cells) == len(PATHS) and len(set(cells)) == 1
+    assert len(cells[0].splitlines()) <= 12 and "OWNER/diffusion-notebooks/main" in cells[0]
 
 
 @each_notebook
-def test_set_up_and_checks_are_collapsed(path):
-    """In JupyterLab and in Colab: check cells hold the answers."""
+def test_no_machinery_on_the_page(path):
+    """And set-up and checks, which hold the answers, are collapsed in JupyterLab and in Colab."""
+    source = "\n".join(cell["source"] for cell in code_cells(path))
+    assert not re.search(r"import[^\n]*[ ,(]_[a-z]", source), "a private name is imported"
+    for machinery in ("NBVAL_CHECK_OUTPUT", 'print("agrees: True")', "PYTEST", "pytest"):
+        assert machinery not in source
     for cell in code_cells(path):
-        if any(tag == "setup" or tag.startswith("check-") for tag in cell["tags"]):
+        if is_check(cell) or "setup" in cell["tags"]:
             assert cell["metadata"]["jupyter"]["source_hidden"] is True
             assert cell["metadata"]["cellView"] == "form"
 
 
 @each_notebook
-def test_no_machinery_on_the_page(path):
-    source = "\n".join(cell["source"] for cell in code_cells(path))
-    assert not re.search(r"import[^\n]*[ ,(]_[a-z]", source), "a private name is imported"
-    assert "NBVAL_CHECK_OUTPUT" not in source and 'print("agrees: True")' not in source
-    assert "PYTEST" not in source and "pytest" not in source
-
-
-@each_notebook
-def test_saved_from_a_fresh_kernel(path):
-    notebook = read(path)
-    assert notebook["metadata"]["kernelspec"]["name"] == "python3"
-    assert "widgets" not in notebook["metadata"], "GitHub does not show it with widget state"
+def test_saved_from_a_fresh_kernel_and_with_no_path_of_a_machine(path):
+    homes = [str(pathlib.Path.home()), str(ROOT.parent) + "/", tempfile.gettempdir() + "/",
+             "/home/", "/Users/", "C:\\"]
+    assert read(path)["metadata"]["kernelspec"]["name"] == "python3"
     counts = [cell["execution_count"] for cell in code_cells(path)]
     assert counts == list(range(1, len(counts) + 1))
     for cell in code_cells(path):
+        assert not is_check(cell) or "not attempted yet" in printed(cell)
         for output in cell["outputs"]:
-            assert output["output_type"] != "error"
-            assert output.get("name") != "stderr", printed(cell)
-            assert "application/vnd.jupyter.widget-view+json" not in output.get("data", {})
-
-
-@each_notebook
-def test_no_path_of_a_machine_in_an_output(path):
-    homes = [str(pathlib.Path.home()), str(ROOT.parent) + "/", tempfile.gettempdir() + "/",
-             "/home/", "/Users/", "C:\\"]
-    for cell in code_cells(path):
-        text = json.dumps([{key: value for key, value in o.get("data", {}).items()
-                            if not key.startswith("image/")} | {"text": o.get("text", "")}
-                           for o in cell["outputs"]])
-        assert not [home for home in homes if home in text], text[:300]
+            assert output["output_type"] != "error" and output.get("name") != "stderr", output
+            words = {kind: data for kind, data in output.get("data", {}).items()
+                     if not kind.startswith("image/")}
+            text = json.dumps([words, output.get("text")])
+            assert not [home for home in homes if home in text], text[:300]
 
 
 @each_notebook
 def test_size(path):
-    assert path.stat().st_size < 1.5e6
-    assert 40 <= len(read(path)["cells"]) <= 70
-    long = [text for text in prose(path) if len(text.split()) > 320]
-    assert not long, long[0][:100]
-
-
-@each_notebook
-def test_cells_are_short_and_prose_outweighs_code(path):
+    """Cells are few and short, and prose outweighs code."""
+    assert path.stat().st_size < 1.5e6 and 40 <= len(read(path)["cells"]) <= 70
+    assert not [text[:100] for text in prose(path) if len(text.split()) > 320]
     lesson = [cell for cell in code_cells(path) if not {"setup", "taught"} & set(cell["tags"])]
     for cell in lesson:
         assert len(cell["source"].splitlines()) <= 30, cell["source"][:200]
-    code = sum(len(cell["source"]) for cell in lesson
-               if not any(tag.startswith("check-") for tag in cell["tags"]))
+    code = sum(len(cell["source"]) for cell in lesson if not is_check(cell))
     assert sum(map(len, prose(path))) >= code
 
 
 @each_notebook
-def test_every_figure_has_a_sentence_under_it(path):
+def test_pictures_are_outputs_with_a_sentence_under_each(path):
     cells = read(path)["cells"]
-    figures = [i for i, cell in enumerate(cells) if cell["cell_type"] == "code"
-               and has_figure(cell)]
+    figures = [i for i, c in enumerate(cells) if c["cell_type"] == "code" and has_figure(c)]
     assert figures, "no figure at all"
-    for i in figures:
-        below = cells[i + 1]
-        assert below["cell_type"] == "markdown" and len(below["source"]) > 60, cells[i]["source"][
-            :200
-        ]
-        assert not below["source"].startswith("#"), ("a heading is no caption: "
-                                                     + below["source"][:99])
-
-
-@each_notebook
-def test_pictures_are_outputs_and_not_links(path):
+    for below in (cells[i + 1] for i in figures):  # a heading is no caption
+        assert below["cell_type"] == "markdown" and len(below["source"]) > 60, below["source"]
+        assert not below["source"].startswith("#"), below["source"][:99]
     links = re.findall(r"!\[([^\]]*)\]\(([^)]*)\)", "\n".join(prose(path)))
-    badge = "https://colab.research.google.com/assets/colab-badge.svg"
-    assert links == [("Open in Colab", badge)]
-    assert not any("attachments" in cell for cell in read(path)["cells"])
+    assert links == [("Open in Colab", BADGE)]
+    assert not any("attachments" in cell for cell in cells)
 
 
 @each_notebook
@@ -161,62 +122,42 @@ def test_links_lead_somewhere(path):
 
 
 def test_copying_what_is_taught_changes_nothing():
+    """And what is taught has docstrings, and comes first in the helper."""
     helper = (ROOT / "ddpm_utils.py").read_text(encoding="utf-8")
     assert copy_taught.copied(helper, PATHS) == helper
     sections = re.findall(r"^# --- (\d\d): ", helper, re.MULTILINE)
     assert sections == sorted(path.stem[:2] for path in PATHS if copy_taught.taught(path))
     assert helper.index("class NoiseSchedule") < helper.index("# --- plumbing")
     assert helper[: helper.index("class NoiseSchedule")].count("\n") < 100
-
-
-@each_notebook
-def test_taught_cells_hold_definitions_with_docstrings(path):
-    for source in tagged(path, "taught"):
-        for node in ast.parse(source).body:
-            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-                assert ast.get_docstring(node), node.name
-
-
-def exercises(path):
-    return sorted(int(tag.split("-")[1]) for cell in code_cells(path) for tag in cell["tags"]
-                  if tag.startswith("exercise-"))
-
-
-def solution(path, number):
-    summary = f"<summary>Solution of exercise {number}</summary>"
-    (folded,) = [text for text in prose(path) if summary in text]
-    assert folded.startswith("<details>") and folded.rstrip().endswith("</details>")
-    return textwrap.dedent(re.search(r"```python\n(.*?)```", folded, re.DOTALL).group(1))
+    for node in ast.parse("\n".join(s for path in PATHS for s in tagged(path, "taught"))).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            assert ast.get_docstring(node), node.name
 
 
 @each_notebook
 def test_exercises(path, monkeypatch):
     """Each stub is reported as not attempted, each solution passes its check."""
-    assert 2 <= len(exercises(path)) <= 4
-    matplotlib.use("Agg")
+    numbers = sorted(int(tag[9:]) for cell in code_cells(path) for tag in cell["tags"]
+                     if tag.startswith("exercise-"))
+    assert 2 <= len(numbers) <= 4
     monkeypatch.chdir(path.parent)
+    space = {"__name__": "__main__"}
 
-    def run(source, space):
-        text = io.StringIO()
-        with contextlib.redirect_stdout(text):
+    def run(source):
+        with contextlib.redirect_stdout(io.StringIO()) as text:
             exec(compile(source, path.name, "exec"), space)
         return text.getvalue().strip().splitlines()
 
-    space = {"__name__": "__main__"}
     for source in tagged(path, "setup", "needed", "taught"):
-        run(source, space)
-    for number in exercises(path):
-        (stub,), (check,) = tagged(path, f"exercise-{number}"), tagged(path, f"check-{number}")
+        run(source)
+    for k in numbers:
+        (stub,), (check,) = tagged(path, f"exercise-{k}"), tagged(path, f"check-{k}")
+        summary = f"<summary>Solution of exercise {k}</summary>"
+        (folded,) = [text for text in prose(path) if summary in text]
+        assert folded.startswith("<details>") and folded.rstrip().endswith("</details>")
         assert "raise NotImplementedError" in stub
-        run(stub, space)
-        assert run(check, space)[-1] == f"Exercise {number}: not attempted yet"
-        run(solution(path, number), space)
-        assert run(check, space)[-1] == f"Exercise {number}: correct"
+        run(stub)
+        assert run(check)[-1] == f"Exercise {k}: not attempted yet"
+        run(textwrap.dedent(re.search(r"```python\n(.*?)```", folded, re.DOTALL)[1]))
+        assert run(check)[-1] == f"Exercise {k}: correct"
     plt.close("all")
-
-
-@each_notebook
-def test_saved_checks_are_not_attempted(path):
-    for cell in code_cells(path):
-        if any(tag.startswith("check-") for tag in cell["tags"]):
-            assert "not attempted yet" in printed(cell)

@@ -10,34 +10,13 @@ import re
 import pytest
 from series import code_cells, each_notebook, prose, read
 
-STATIC = {
-    "image/png",
-    "image/jpeg",
-    "image/gif",
-    "text/html",
-    "text/plain",
-}  # what a page without scripts can show
+# what a page without scripts can show
+STATIC = {"image/png", "image/jpeg", "image/gif", "text/html", "text/plain"}
 VOID = {"br", "hr", "img"}
-TAGS = VOID | {"details", "summary", "sub", "sup", "table", "thead", "tbody", "tr", "th", "td", "b",
-               "i", "p", "a", "code"}
-REFUSED = [
-    "newcommand",
-    "renewcommand",
-    "def",
-    "DeclareMathOperator",
-    "require",
-    "operatorname",
-    "label",
-    "ref",
-    "eqref",
-    "tag",
-    "href",
-    "class",
-    "style",
-    "unicode",
-    "mbox",
-    "hbox",
-]  # macros that GitHub's MathJax refuses or loses
+TAGS = VOID | {*"details summary sub sup table thead tbody tr th td b i p a code".split()}
+# macros that GitHub's MathJax refuses or loses
+REFUSED = {*"newcommand renewcommand def DeclareMathOperator require operatorname label ref eqref tag "
+           "href class style unicode mbox hbox".split()}
 
 
 def without_code(text):
@@ -52,42 +31,36 @@ def mathematics(text):
                             without_code(text), re.DOTALL))
 
 
+WRONG = {  # in a formula
+    r"<[a-zA-Z/!?]": "reads as the start of a tag", r"\\[*_]|__|\*\*": "markdown eats this",
+    r"\\begin\{(align|equation|gather|eqnarray)\*?\}": "an environment that must not stand in $$"}
+
+
 def complaints(text):
     """What a renderer of markdown with mathematics would stumble over in this cell."""
-    found, plain, end = [], without_code(text), 0
-    rest = []
+    found, plain, end, rest = [], without_code(text), 0, ""
     for match in mathematics(text):
-        before, after = plain[: match.start()], plain[match.end() :]
-        rest.append(plain[end : match.start()])
-        end = match.end()
+        before, after = plain[: match.start()], plain[match.end():]
+        rest, end = rest + plain[end: match.start()], match.end()
         formula = match["display"] or match["inline"]
         if match["display"]:
-            if (before.rstrip(" ") and not re.search(r"\n *\n *$", before) or after
-                and not re.match(r" *(\n *(\n|$)|$)", after)):
+            alone = not before.rstrip(" ") or re.search(r"\n *\n *$", before)
+            if not alone or after and not re.match(r" *(\n *(\n|$)|$)", after):
                 found.append(f"$$ without blank lines around it: {formula}")
             if re.search(r"\n\s*\n", formula):
                 found.append(f"an empty line inside $$: {formula}")
-        else:
-            if formula != formula.strip() or "\n" in formula:
-                found.append(f"a space or line break inside $: {formula}")
-            if re.search(r"\w$", before) or re.match(r"\w", after):
-                found.append(f"a letter or digit touches $: {before[-10:]}${formula}${after[:10]}")
-        if formula.count("{") != formula.count("}"):
-            found.append(f"unbalanced braces: {formula}")
-        if len(re.findall(r"\\left\b", formula)) != len(re.findall(r"\\right\b", formula)):
-            found.append(f"\\left without \\right: {formula}")
-        if re.findall(r"\\begin\{(.+?)\}", formula) != re.findall(r"\\end\{(.+?)\}", formula)[::-1]:
-            found.append(f"\\begin without \\end: {formula}")
-        if re.search(r"\\begin\{(align|equation|gather|eqnarray)\*?\}", formula):
-            found.append(f"an environment that must not stand in $$: {formula}")
-        if re.search(r"<[a-zA-Z/!?]", formula):
-            found.append(f"< reads as the start of a tag: {formula}")
-        if re.search(r"\\[*_]|__|\*\*", formula):
-            found.append(f"markdown eats this: {formula}")
-        if refused := set(re.findall(r"\\([a-zA-Z]+)", formula)) & set(REFUSED):
+        elif formula != formula.strip() or "\n" in formula:
+            found.append(f"a space or line break inside $: {formula}")
+        elif re.search(r"\w$", before) or re.match(r"\w", after):
+            found.append(f"a letter or digit touches $: {before[-10:]}${formula}${after[:10]}")
+        opened, closed = (re.findall(rf"\\{word}\{{(.+?)\}}", formula) for word in ("begin", "end"))
+        lefts, rights = (len(re.findall(rf"\\{word}\b", formula)) for word in ("left", "right"))
+        if formula.count("{") != formula.count("}") or lefts != rights or opened != closed[::-1]:
+            found.append(f"unbalanced: {formula}")
+        found += [f"{why}: {formula}" for what, why in WRONG.items() if re.search(what, formula)]
+        if refused := set(re.findall(r"\\([a-zA-Z]+)", formula)) & REFUSED:
             found.append(f"GitHub refuses {refused}: {formula}")
-    rest.append(plain[end:])
-    rest = "".join(rest)
+    rest += plain[end:]
     if "$" in rest.replace("\\$", ""):
         found.append(f"a $ without its partner: {rest[:200]}")
     if outside := re.search(r".*\\([a-zA-Z]{3,}|\(|\[).*", rest):
@@ -95,27 +68,15 @@ def complaints(text):
     return found
 
 
-@pytest.mark.parametrize("text", ["so $a$ and $b are", "see $ a$ there", "see $a$2",
-                                  "then\n$$a$$\n\nso", "then\n\n$$a$$\nso", "$$a\n\nb$$",
-                                  "$\\frac{a}{b$", "$\\left(a)$", "$$\\begin{align}a\\end{align}$$",
-                                  "\\begin{equation}a\\end{equation}", "$a <b$", "$a\\_b$",
-                                  "$\\operatorname{tr} a$", "$$\\begin{aligned}a$$",
-                                  "so \\(a\\) is", "the \\alpha of it"])
-def test_what_is_complained_about(text):
-    assert complaints(text)
-
-
-@pytest.mark.parametrize("text", ["so $a_t$ and $b_t$, are", "then\n\n$$\na_1 &= b \\\\\n$$\n\nso",
-                                  "`$HOME` and $a$", "```\n$x\n```", "costs \\$5", "$$a$$"])
-def test_what_is_not(text):
-    assert not complaints(text)
-
-
-@each_notebook
-def test_mathematics(path):
-    texts = prose(path)
-    assert sum(len(mathematics(text)) for text in texts) > 10, "where has the mathematics gone?"
-    assert not [complaint for text in texts for complaint in complaints(text)]
+@pytest.mark.parametrize("text, well", [
+    ("so $a$ and $b are", 0), ("see $ a$ there", 0), ("see $a$2", 0), ("then\n$$a$$\n\nso", 0),
+    ("then\n\n$$a$$\nso", 0), ("$$a\n\nb$$", 0), ("$\\frac{a}{b$", 0), ("$\\left(a)$", 0),
+    ("$$\\begin{align}a\\end{align}$$", 0), ("\\begin{equation}a\\end{equation}", 0), ("$a <b$", 0),
+    ("$a\\_b$", 0), ("$\\operatorname{tr} a$", 0), ("$$\\begin{aligned}a$$", 0), ("so \\(a\\) is", 0),
+    ("the \\alpha of it", 0), ("so $a_t$ and $b_t$, are", 1), ("`$HOME` and $a$", 1),
+    ("then\n\n$$\na_1 &= b \\\\\n$$\n\nso", 1), ("```\n$x\n```", 1), ("costs \\$5", 1), ("$$a$$", 1)])
+def test_what_is_complained_about(text, well):
+    assert bool(complaints(text)) != well
 
 
 class Reader(html.parser.HTMLParser):
@@ -129,7 +90,7 @@ class Reader(html.parser.HTMLParser):
 
     def handle_starttag(self, tag, attributes):
         self.tags.append(tag)
-        self.attributes += [(tag, *pair) for pair in attributes]
+        self.attributes += [(tag, name, value or "") for name, value in attributes]
         if tag not in VOID:
             self.open.append(tag)
 
@@ -140,79 +101,55 @@ class Reader(html.parser.HTMLParser):
         self.text += data
 
 
-def assert_survives_without_scripts(text):
+def read_without_scripts(text):
     read = Reader(text)
-    assert not read.open, f"not closed: {read.open}"
-    assert set(read.tags) <= TAGS, set(read.tags) - TAGS
+    assert not read.open and set(read.tags) <= TAGS, (read.open, set(read.tags) - TAGS)
     for tag, name, value in read.attributes:
-        assert not name.startswith("on") and not (value or "").startswith("javascript:"), (tag,
-                                                                                           name)
-        if tag == "img" and name == "src":
-            # nothing from elsewhere
+        assert not name.startswith("on") and not value.startswith("javascript:"), (tag, name)
+        if (tag, name) == ("img", "src"):  # nothing from elsewhere
             assert value.startswith("data:image/") and len(value) > 100, value[:100]
-    assert read.tags.count("img") == sum(name == "alt" and bool(value) for _, name,
-                                         value in read.attributes)
+    alts = [value for tag, name, value in read.attributes if name == "alt" and value]
+    assert read.tags.count("img") == len(alts)
     return read
 
 
 @each_notebook
-def test_html_in_the_prose(path):
+def test_prose_without_scripts(path):
+    """Formulas come out of nbconvert as they went in; folded markdown is read as markdown."""
+    filters = pytest.importorskip("nbconvert.filters")
+    assert sum(len(mathematics(text)) for text in prose(path)) > 10, "where are the formulas?"
     for source in prose(path):
-        text = re.sub(r"\$\$?.+?\$\$?", "", without_code(source), flags=re.DOTALL)
-        read = assert_survives_without_scripts(text)
+        assert complaints(source) == []
+        plain = re.sub(r"\$\$?.+?\$\$?", "", without_code(source), flags=re.DOTALL)
+        read = read_without_scripts(plain)
         assert read.tags.count("details") == read.tags.count("summary")
         if "details" in read.tags:  # markdown inside is read as markdown only after an empty line
             assert re.search(r"</summary>\n *\n", source)
             assert re.search(r"\n *\n *</details>", source)
+        page = filters.markdown2html(source)
+        page = html.unescape(re.sub(r"<(code|pre)\b.*?</\1>", "code", page, flags=re.DOTALL))
+        for formula in (match[0].strip("$").strip() for match in mathematics(source)):
+            assert formula in page, f"lost on the way to HTML: {formula}"
 
 
 @each_notebook
-def test_outputs_show_without_scripts(path):
-    for cell in code_cells(path):
-        for output in cell["outputs"]:
-            kinds = set(output.get("data", {}))
-            assert kinds <= STATIC, f"a page without scripts does not show {kinds - STATIC}"
-            if "text/html" in kinds:
-                read = assert_survives_without_scripts("".join(output["data"]["text/html"]))
-                assert "img" in read.tags or read.text.strip(), "nothing is left without scripts"
-
-
-@each_notebook
-def test_no_widget_metadata(path):
-    notebook = read(path)
+def test_outputs_without_scripts(path):
+    """nbconvert's page of them, from the saved outputs, has every picture and every line."""
+    nbconvert = pytest.importorskip("nbconvert")
+    notebook, (page, _) = read(path), nbconvert.HTMLExporter().from_filename(str(path))
     assert set(notebook["metadata"]) <= {"kernelspec", "language_info"}, (
-        "GitHub does not show saved widget state"
-    )
+        "GitHub does not show saved widget state")
     assert (notebook["nbformat"], notebook["nbformat_minor"] >= 5) == (4, True)
     ids = [cell["id"] for cell in notebook["cells"]]
     assert len(ids) == len(set(ids))
-
-
-@each_notebook
-def test_nbconvert_keeps_every_formula(path):
-    """nbconvert reads the markdown: whatever stands between dollars must come out as it went in."""
-    filters = pytest.importorskip("nbconvert.filters")
-    for source in prose(path):
-        page = re.sub(r"<(code|pre)\b.*?</\1>", "code", filters.markdown2html(source),
-                      flags=re.DOTALL)
-        page = html.unescape(page)
-        for match in mathematics(source):
-            formula = match[0].strip("$")
-            assert formula.strip() in page, f"lost on the way to HTML: {formula}"
-
-
-@each_notebook
-def test_nbconvert_to_html(path):
-    """The whole page, from the saved outputs: every picture and every printed line is on it."""
-    nbconvert = pytest.importorskip("nbconvert")
-    page, _ = nbconvert.HTMLExporter().from_filename(str(path))
-    outputs = [output for cell in code_cells(path) for output in cell["outputs"]]
-    pictures = sum("image/png" in output.get("data", {}) and "text/html" not in output["data"]
-                   for output in outputs)
-    assert pictures > 0
-    assert page.count('src="data:image/png;base64,') == pictures
-    plain = html.unescape(page)
-    for output in outputs:
-        if output["output_type"] == "stream":
-            for line in "".join(output["text"]).splitlines():
-                assert line.strip() in plain, line
+    plain, pictures = html.unescape(page), 0
+    for output in (output for cell in code_cells(path) for output in cell["outputs"]):
+        data = output.get("data", {})
+        assert set(data) <= STATIC, "a page without scripts does not show this"
+        if "text/html" in data:
+            shown = read_without_scripts("".join(data["text/html"]))
+            assert "img" in shown.tags or shown.text.strip(), "nothing is left without scripts"
+        pictures += "image/png" in data and "text/html" not in data
+        for line in "".join(output.get("text", "")).splitlines():
+            assert line.strip() in plain, line
+    assert page.count('src="data:image/png;base64,') == pictures > 0

@@ -16,17 +16,11 @@ PATH = NOTEBOOKS / "13_bug_clinic.ipynb"
 INSTRUMENTS = ["vital signs", "network out", "loss by step", "wires", "round trips"]
 PARTS = {"step_1", "step_2", "step_3", "step_4", "loss_5", "load_7", "clock_8", "floats_9"}
 CHART = {  # as the notebook's: the instruments that each patient lights
-    "1 soft": "vital signs, network out",
-    "2 grey": "vital signs, network out",
-    "3 grey": "vital signs, network out",
-    "4 grain": "network out",
-    "5 loss 1.00": "vital signs, loss by step, wires",
-    "6 snow": "vital signs, loss by step",
-    "7 snow": "vital signs, loss by step, round trips",
-    "8 slow": "wires",
-    "9 pale": "vital signs, round trips",
-    "10 one class": "vital signs, loss by step, wires",
-}
+    "1 soft": "vital signs, network out", "2 grey": "vital signs, network out",
+    "3 grey": "vital signs, network out", "4 grain": "network out",
+    "5 loss 1.00": "vital signs, loss by step, wires", "6 snow": "vital signs, loss by step",
+    "7 snow": "vital signs, loss by step, round trips", "8 slow": "wires",
+    "9 pale": "vital signs, round trips", "10 one class": "vital signs, loss by step, wires"}
 
 
 def run(source, space):
@@ -83,10 +77,9 @@ def lights(clinic):
 # ------------------------------------------------------------------ instruments
 
 def test_instruments_have_at_most_ten_lines():
-    names = ["vital_signs", "network_out", "loss_by_step", "wires", "round_trips"]
     nodes = {node.name: node for cell in code_cells(PATH) for node in ast.parse(cell["source"]).body
              if isinstance(node, ast.FunctionDef)}
-    for name in names:
+    for name in (name.replace(" ", "_") for name in INSTRUMENTS):
         body = nodes[name].body
         assert ast.get_docstring(nodes[name])
         assert nodes[name].end_lineno - body[1].lineno + 1 <= 10, name
@@ -179,13 +172,13 @@ def test_other_right_repairs_pass(clinic, lights):
 def test_wrong_repairs_do_not_pass(clinic, lights):
     """A second bug, or only half of the repair."""
     step, loss = clinic["step"], clinic["simple_loss"]
-    wrong = {"1: the root of the root": lambda s, x, t, e,
-             z: step(s, x, t, e, z / s.betas[t] ** 0.25), "1: the mistake moved to ε": lambda s, x,
-             t, e, z: step(s, x, t, e * s.betas[t].sqrt(), z), "2: clipped more widely": lambda s,
-             x, t, e, z: step(s, x, t, e, z).clamp(-1.5, 1.5), "3: α without its root": lambda s, x,
-             t, e, z: step(s, x, t, e, z) / s.alphas[t].sqrt(), "4: half of the noise": lambda s, x,
-             t, e, z: step(s, x, t, e, z) + 0.05 * (t == 1), "4: no noise from t = 2 on": lambda s,
-             x, t, e, z: step(s, x, t, e, z * (t > 2))}
+    wrong = {
+        "1: the root of the root": lambda s, x, t, e, z: step(s, x, t, e, z / s.betas[t] ** 0.25),
+        "1: the mistake moved to ε": lambda s, x, t, e, z: step(s, x, t, e * s.betas[t].sqrt(), z),
+        "2: clipped more widely": lambda s, x, t, e, z: step(s, x, t, e, z).clamp(-1.5, 1.5),
+        "3: α without its root": lambda s, x, t, e, z: step(s, x, t, e, z) / s.alphas[t].sqrt(),
+        "4: half of the noise": lambda s, x, t, e, z: step(s, x, t, e, z) + 0.05 * (t == 1),
+        "4: no noise from t = 2 on": lambda s, x, t, e, z: step(s, x, t, e, z * (t > 2))}
     for name, bad in wrong.items():
         program = clinic["replace"](clinic["healthy"], step=bad)
         assert clinic["network_out"](program), name
@@ -200,8 +193,8 @@ def test_wrong_repairs_do_not_pass(clinic, lights):
 
 
 def another_prefix(network, file):
-    saved = {name.removeprefix("_orig_mod."): x for name, x in torch.load(file).items()}
-    network.load_state_dict(saved, strict=False)
+    saved = torch.load(file, weights_only=True).items()
+    network.load_state_dict({k.removeprefix("_orig_mod."): x for k, x in saved}, strict=False)
 
 
 def redrawn(model, schedule, x0, t, noise):

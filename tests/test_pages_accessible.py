@@ -1,7 +1,9 @@
-"""Readable by everybody: colours, line styles, sizes of letters, words for what moves, sliders without a mouse.
+"""Readable by everybody: colours, line styles, sizes of letters, words for what moves, sliders
+without a mouse.
 
-What a figure shows is known only when it is drawn, so notebooks are run as students get them (notebooks/make_copies.py), and
-every figure is looked at on its way out. 01 is in every run of pytest; `pytest -m figures` does it with all notebooks.
+What a figure shows is known only when it is drawn, so notebooks are run as students get them
+(notebooks/make_copies.py), and every figure is looked at on its way out. 01 is in every run of
+pytest; `pytest -m figures` does it with all notebooks.
 """
 
 import ast
@@ -41,9 +43,11 @@ def _watched(canvas, *args, **options):
     figure = canvas.figure
     texts = [(t.get_text(), float(t.get_fontsize())) for t in figure.findobj(matplotlib.text.Text)
              if t.get_visible() and t.get_text().strip()]
-    lines = [[(l.get_label(), matplotlib.colors.to_hex(l.get_color()), l.get_linestyle(), str(l.get_marker()),
-               float(l.get_linewidth())) for l in axes.lines if not l.get_label().startswith("_")] for axes in figure.axes]
-    _seen.append({"width": float(figure.get_figwidth()), "texts": texts, "axes": [l for l in lines if l]})
+    lines = [[(l.get_label(), matplotlib.colors.to_hex(l.get_color()), l.get_linestyle(),
+               str(l.get_marker()), float(l.get_linewidth()))
+              for l in axes.lines if not l.get_label().startswith("_")] for axes in figure.axes]
+    _seen.append({"width": float(figure.get_figwidth()), "texts": texts,
+                  "axes": [l for l in lines if l]})
     return _print(canvas, *args, **options)
 
 matplotlib.backend_bases.FigureCanvasBase.print_figure = _watched
@@ -67,25 +71,21 @@ def complaints(figures):
     for figure in figures:
         # a figure wider than the slide is made smaller
         shrunk = min(1, make_copies.WIDTH / 80 / figure["width"])
-        found += [f"{size * shrunk:.1f} points: {text}" for text,
-                  size in figure["texts"] if size * shrunk < 11 - 1e-6]
-        for lines in figure["axes"]:
-            for (a, colour, *style, width), (b, colour2, *style2,
-                                             width2) in itertools.combinations(lines, 2):
-                if style == style2 and max(width, width2) < 3 * min(width, width2):
-                    found.append(
-                        f"told apart by nothing but colour ({colour}, {colour2}): {a} and {b}"
-                    )
+        found += [f"{size * shrunk:.1f} points: {text}" for text, size in figure["texts"]
+                  if size * shrunk < 11 - 1e-6]
+        pairs = (pair for lines in figure["axes"] for pair in itertools.combinations(lines, 2))
+        for (a, colour, *style, width), (b, colour2, *style2, width2) in pairs:
+            if style == style2 and max(width, width2) < 3 * min(width, width2):
+                found.append(f"told apart by nothing but colour ({colour}, {colour2}): {a} and {b}")
     return found
 
 
 def test_complaints_are_made():
-    line = ["a", "#000000", "-", "None", 1.5]
-    figure = {"width": 15, "texts": [("small", 12)], "axes": [[line, ["b", "#ff0000", *line[2:]]]]}
-    assert complaints([figure]) == ["10.7 points: small",
-                                    "told apart by nothing but colour (#000000, #ff0000): a and b"]
-    assert (complaints([{"width": 13, "texts": [("large", 11)],
-                         "axes": [[line, ["b", "#ff0000", "--", "None", 1.5]]]}]) == [])
+    one, red, dashed = (["a", "#000000", "-", "None", 1.5], ["b", "#ff0000", "-", "None", 1.5],
+                        ["b", "#ff0000", "--", "None", 1.5])
+    assert complaints([{"width": 15, "texts": [("small", 12)], "axes": [[one, red]]}]) == [
+        "10.7 points: small", "told apart by nothing but colour (#000000, #ff0000): a and b"]
+    assert not complaints([{"width": 13, "texts": [("large", 11)], "axes": [[one, dashed]]}])
 
 
 def run_as_a_student(name, folder, monkeypatch):
@@ -116,45 +116,38 @@ def test_each_runs_without_its_solutions_and_its_figures_can_be_read(path, tmp_p
 def test_what_moves_is_told_in_words():
     """Each animation has alt text, and between it and the next heading stands what it shows."""
     moving = 0
-    for path in PATHS:
-        page = read(path)["cells"]
+    for page in (read(path)["cells"] for path in PATHS):
         for i, cell in enumerate(page):
-            data = [o.get("data", {}) for o in cell.get("outputs", [])]
-            html = "".join("".join(d.get("text/html", "")) for d in data)
-            if "image/gif" not in html and not any("image/gif" in d for d in data):
+            data = [output.get("data", {}) for output in cell.get("outputs", [])]
+            html = "".join("".join(one.get("text/html", "")) for one in data)
+            if "image/gif" not in html and not any("image/gif" in one for one in data):
                 continue
             moving += 1
             for tag in re.findall(r"<img[^>]*>", html):
                 assert len(re.search(r'alt="([^"]*)"', tag)[1]) > 20, tag[:200]
-            words = ""
-            for below in page[i + 1 :]:
-                if below["source"].startswith("#") and below["cell_type"] == "markdown":
-                    break
-                words += below["source"] if below["cell_type"] == "markdown" else ""
+            below = [c["source"] for c in page[i + 1:] if c["cell_type"] == "markdown"]
+            words = "".join(itertools.takewhile(lambda text: text[0] != "#", below))
             assert "animation" in words and len(words) > 200, cell["source"][:200]
     assert moving >= 1
 
 
 def test_every_slider_has_a_label_and_its_keys_are_told():
     sliders = 0
-    for path in PATHS:
-        page = read(path)["cells"]
-        for i, cell in enumerate(page):
+    for page in (read(path)["cells"] for path in PATHS):
+        for before, cell, after in zip(page, page[1:], page[2:]):
             if cell["cell_type"] != "code" or "interact(" not in cell["source"]:
                 continue
-            calls = [node for node in ast.walk(ast.parse(cell["source"]))
+            calls = [(ast.unparse(node.func), node) for node in ast.walk(ast.parse(cell["source"]))
                      if isinstance(node, ast.Call)]
-            widgets = [call for call in calls
-                       if re.search(r"(Slider|Buttons|Dropdown|Text|Checkbox)$",
-                                    ast.unparse(call.func))]
-            (interact,) = [call for call in calls if ast.unparse(call.func).endswith("interact")]
+            widgets = [call for name, call in calls
+                       if re.search(r"(Slider|Buttons|Dropdown|Text|Checkbox)$", name)]
+            (interact,) = [call for name, call in calls if name.endswith("interact")]
             moved = [k for k in interact.keywords if "fixed(" not in ast.unparse(k.value)]
             assert len(widgets) == len(moved) > 0, "interact makes its own widgets of plain values"
             for call in widgets:
                 label = {k.arg: k.value for k in call.keywords}["description"]
                 assert isinstance(label, ast.Constant) and label.value.strip()
             sliders += 1
-            assert (page[i - 1]["cell_type"] == "markdown"
-                    and "arrow keys" in page[i - 1]["source"]), path.stem
-            assert "interact" not in page[i + 1]["source"], "the view without a kernel is missing"
+            assert before["cell_type"] == "markdown" and "arrow keys" in before["source"]
+            assert "interact" not in after["source"], "the view without a kernel is missing"
     assert sliders >= 3

@@ -5,15 +5,18 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from series import defined_in
-from test_05_samplers import MEAN, STD, GaussianNoise, half, quiet, to_a_tenth
+from test_05_samplers import MEAN, STD, GaussianNoise, half, quiet, to_a_tenth, visited
 
+import ddpm_utils as d
 from ddpm_utils import cosine_schedule, ddim_sample, dpm_solver_sample, linear_schedule
 
 # ------------------------------------------------------------------ DPM-Solver++(2M)
 
 def by_the_papers_formula(schedule, predicted, x, steps):
-    """Lu et al. 2022, Algorithm 2, for one float64 number: r = h_before / h, D by r, and α (e^{-h} - 1)."""
+    """Lu et al. 2022, Algorithm 2, for one float64 number: with r = h_before / h, D by r, and
+    α (e^{-h} - 1)."""
     alpha_bars = schedule.alpha_bars.double()
     signal, spread = alpha_bars.sqrt().tolist(), (1 - alpha_bars).sqrt().tolist()
     stops = [round(schedule.T * (1 - (k / steps) ** 1.6)) for k in range(steps + 1)]
@@ -23,10 +26,8 @@ def by_the_papers_formula(schedule, predicted, x, steps):
         if then == 0:
             return x0  # h is infinite: σ = 0 and e^{-h} = 0
         h = math.log(signal[then] / spread[then]) - math.log(signal[now] / spread[now])
-        D = x0
-        if older is not None:
-            r = h_before / h
-            D = (1 + 1 / (2 * r)) * x0 - older / (2 * r)
+        r = h_before / h if older is not None else 1
+        D = x0 if older is None else (1 + 1 / (2 * r)) * x0 - older / (2 * r)
         x = spread[then] / spread[now] * x - signal[then] * (math.exp(-h) - 1) * D
         older, h_before = x0, h
 
@@ -77,15 +78,11 @@ def test_dpm_solver_is_of_second_order_and_ddim_of_first():
 
 @pytest.mark.parametrize("T", [7, 50, 1000])
 def test_dpm_solver_steps_down_from_T_and_denser_there(T):
-    schedule = linear_schedule(T)
     for steps in (1, 2, 5, 7, T):
-        seen = []
-        dpm_solver_sample(lambda xt, t: seen.append(int(t[0])) or xt, schedule, 2, steps,
-                          shape=(1,), progress=False)
-        assert seen[0] == T and seen[-1] >= 1 and len(seen) <= steps
-        assert all(a > b for a, b in zip(seen, seen[1:]))
+        seen = visited(d.dpm_solver_sample, T, steps)
+        assert seen == d.stops(T, steps, 1.6)[:-1]  # which fall from T: test_05_samplers.py
         gaps = [a - b for a, b in zip(seen, seen[1:] + [0])]
-        assert gaps[0] <= gaps[-1] and (len(seen) == steps or T < steps**1.6)
+        assert gaps[0] <= gaps[-1] and (len(seen) == steps or len(seen) < steps and T < steps**1.6)
 
 
 # ------------------------------------------------------------------ the functions of the notebook
@@ -155,12 +152,8 @@ def test_histogram_probabilities_add_up(space):
 
 
 def test_slerp_keeps_the_angle_even_and_the_length(space):
-    a, b = torch.randn(2, 784, generator=torch.Generator().manual_seed(0))
-    a, b = a / a.norm(), b / b.norm()
-
-    def angle(u, v):
-        return float(torch.acos((u * v).sum().clamp(-1, 1)))
-
+    a, b = F.normalize(torch.randn(2, 784, generator=torch.Generator().manual_seed(0)))
     quarter = space["slerp"](a, b, 0.25)
     assert float(quarter.norm()) == pytest.approx(1, abs=1e-5)
-    assert angle(a, quarter) == pytest.approx(angle(a, b) / 4, abs=1e-4)
+    angles = [float((a @ v).clamp(-1, 1).acos()) for v in (quarter, b)]
+    assert angles[0] == pytest.approx(angles[1] / 4, abs=1e-4)

@@ -1,5 +1,6 @@
 """The network: shapes, gradients, time, attention."""
 
+import itertools
 import math
 
 import pytest
@@ -21,51 +22,40 @@ def steps(n, t=5):
     return torch.full((n,), t, dtype=torch.int64)
 
 
-@pytest.mark.parametrize("batch", [1, 3, 7])
-def test_shape_of_garments(batch):
-    out = UNet()(torch.randn(batch, 1, 28, 28), torch.arange(1, batch + 1))
-    assert out.shape == (batch, 1, 28, 28) and out.dtype == torch.float32
+@pytest.mark.parametrize("batch, config, size", [
+    (1, {}, (28, 28)), (3, {}, (28, 28)), (7, {}, (28, 28)),
+    *((n, {"in_channels": 3, "channels": (16, 32, 64, 64)}, (128, 128)) for n in (1, 3)),
+    *((2, {"channels": (8, 16, 16)}, size) for size in ((4, 4), (8, 12), (32, 20)))])
+def test_what_comes_out_has_the_shape_of_what_goes_in_and_is_0_at_the_start(batch, config, size):
+    model = UNet(**config)
+    x = torch.randn(batch, model.config["in_channels"], *size)
+    out = model(x, torch.arange(1, batch + 1))
+    assert out.shape == x.shape and out.dtype == torch.float32 and not out.any()
+    (out - 1).square().mean().backward()  # one backward pass at that size, too
+    assert model.out.weight.grad is not None and torch.isfinite(model.out.bias.grad).all()
 
 
-@pytest.mark.parametrize("batch", [1, 3])
-def test_shape_of_photographs(batch):
-    model = UNet(in_channels=3, channels=(16, 32, 64, 64))
-    x = torch.randn(batch, 3, 128, 128)
-    out = model(x, steps(batch, 1000))
-    assert out.shape == x.shape
-    out.square().mean().backward()  # one backward pass at that size, too
-
-
-@pytest.mark.parametrize("size", [(4, 4), (8, 12), (32, 20)])
-def test_other_sizes_that_halve_twice(size):
-    assert UNet(channels=(8, 16, 16))(torch.randn(2, 1, *size), steps(2)).shape == (2, 1, *size)
-
-
-def test_starts_at_zero():
-    assert not UNet(channels=(8, 16))(torch.randn(2, 1, 8, 8), steps(2)).any()
-
-
-def test_gradients_reach_every_parameter():
-    """At the start the zero layers hold most gradients back; two steps of the optimiser set everything in motion."""
-    model = UNet()
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    x, noise, t = (torch.randn(5, 1, 28, 28), torch.randn(5, 1, 28, 28),
-                   torch.tensor([1, 20, 300, 700, 1000]))
+@pytest.mark.parametrize("channels", [(16, 32, 64), (32, 64, 128)])
+def test_gradients_wake_up_in_three_steps(channels):
+    """2, then 28, then all 84 parameters: the zero layers let the others in one after the other."""
+    torch.manual_seed(0)
+    model = UNet(channels=channels)
+    optimizer, awake = torch.optim.Adam(model.parameters(), lr=1e-3), []
+    x, noise, t = torch.randn(8, 1, 28, 28), torch.randn(8, 1, 28, 28), torch.arange(1, 9) * 100
     for _ in range(3):
         optimizer.zero_grad()
         (model(x, t) - noise).square().mean().backward()
-        still = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
-        assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+        assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+        awake.append(sum(bool(p.grad.any()) for p in model.parameters()))
         optimizer.step()
-    assert still == []
+    assert awake == [2, 28, 84] and len(list(model.parameters())) == 84
 
 
 def test_output_depends_on_t():
     model, x = wake(UNet(channels=(16, 32))), torch.randn(1, 1, 8, 8).expand(4, -1, -1, -1)
     out = model(x, torch.tensor([1, 2, 500, 1000]))
-    for i in range(4):
-        for j in range(i):
-            assert float((out[i] - out[j]).detach().abs().max()) > 1e-4
+    for one, other in itertools.combinations(out.detach(), 2):
+        assert float((one - other).abs().max()) > 1e-4
 
 
 def test_output_depends_on_every_pixel():
@@ -75,13 +65,13 @@ def test_output_depends_on_every_pixel():
     assert (x.grad != 0).all()
 
 
-def test_eval_is_deterministic_and_pictures_do_not_mix():
+def test_eval_is_deterministic_and_images_do_not_mix():
     model = wake(UNet()).eval()
     x, t = torch.randn(4, 1, 28, 28), torch.tensor([1, 10, 100, 1000])
     with torch.no_grad():
         first = model(x, t)
         assert torch.equal(first, model(x, t))
-        for i in range(4):  # a picture alone gets what it gets in company
+        for i in range(4):  # an image alone gets what it gets in company
             torch.testing.assert_close(model(x[i : i + 1], t[i : i + 1])[0], first[i], rtol=1e-3,
                                        atol=1e-4)
 
@@ -120,9 +110,9 @@ def test_attention_is_the_explicit_softmax():
             for head in range(heads):
                 own = slice(head * d, (head + 1) * d)
                 for i in range(H * W):  # pixel i asks
-                    scores = torch.stack([q[own, i] @ k[own, j]
-                                          for j in range(H * W)]) / math.sqrt(d)
-                    mixed[own, i] = (v[own] * (scores.exp() / scores.exp().sum())).sum(dim=1)
+                    scores = torch.stack([q[own, i] @ k[own, j] for j in range(H * W)])
+                    shares = (scores / math.sqrt(d)).exp()
+                    mixed[own, i] = (v[own] * shares / shares.sum()).sum(dim=1)
             expected[b] = layer.out.weight[:, :, 0, 0] @ mixed + layer.out.bias[:, None]
     assert float((out - x).abs().max()) > 1e-2
     torch.testing.assert_close(out, x + expected.view_as(x), rtol=1e-4, atol=1e-5)
@@ -186,16 +176,15 @@ def test_labels_take_no_random_number_from_the_other_layers():
     plain = UNet(channels=(8, 16))
     torch.manual_seed(3)
     labelled = UNet(channels=(8, 16), classes=10)
-    assert all(torch.equal(value, labelled.state_dict()[name]) for name,
-               value in plain.state_dict().items())
+    shared = labelled.state_dict()
+    assert all(torch.equal(value, shared[name]) for name, value in plain.state_dict().items())
 
 
 def test_no_label_is_the_last_row_and_each_label_says_something_else():
     model, x, t = wake(UNet(channels=(8, 16), classes=3)), torch.randn(1, 1, 8, 8), steps(1)
-    out = [model(x, t, torch.tensor([y])) for y in range(4)]
+    out = [model(x, t, torch.tensor([y])).detach() for y in range(4)]
     assert torch.equal(model(x, t), out[3])
-    assert all(float((a - b).detach().abs().max()) > 1e-4 for i,
-               a in enumerate(out) for b in out[:i])
+    assert all(float((a - b).abs().max()) > 1e-4 for a, b in itertools.combinations(out, 2))
 
 
 def test_zero_init():
@@ -219,17 +208,3 @@ def test_the_notebooks_network_with_nothing_cut_is_the_unet_and_each_cut_is_anot
     net = space["build"]("t")
     net.load_state_dict(whole.state_dict())
     assert torch.equal(net(x[:1], t[:1]), net(x[:1], t[2:]))
-
-
-def test_gradients_wake_up_in_three_steps():
-    """2, then 28, then all 84 parameters: the zero layers let the others in one after the other."""
-    torch.manual_seed(0)
-    model = UNet(channels=(16, 32, 64))
-    optimizer, awake = torch.optim.Adam(model.parameters(), lr=1e-3), []
-    x, noise, t = torch.randn(8, 1, 28, 28), torch.randn(8, 1, 28, 28), torch.arange(1, 9) * 100
-    for _ in range(3):
-        optimizer.zero_grad()
-        (model(x, t) - noise).square().mean().backward()
-        awake.append(sum(bool(p.grad.any()) for p in model.parameters()))
-        optimizer.step()
-    assert awake == [2, 28, 84]

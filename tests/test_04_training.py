@@ -1,665 +1,356 @@
-"""Training: it learns, it stops and goes on to the same numbers, and failures keep the last good file."""
+"""Training: it learns, it stops and goes on to the same numbers, failures keep the last good file.
+
+Wrong arguments of train, labels among them, are in test_helper_arguments.py.
+"""
 
 import functools
+import itertools
 import json
 import math
 import re
 
 import pytest
+import series as s
 import torch
-from series import (
-    NOTEBOOKS,
-    ROOT,
-    SCHEDULE,
-    WEIGHTS,
-    Stop,
-    kill_a_run,
-    prose,
-    run,
-    same_weights,
-    small_unet,
-    some_images,
-    stop_at,
-    unfinished,
-)
+from series import SCHEDULE, run, same_weights, small_unet, some_images
 
-import ddpm_utils
-from ddpm_utils import (
-    EMA,
-    NoiseFromV,
-    UNet,
-    amp_dtype,
-    ddim_sample,
-    drop_labels,
-    learning_rate,
-    linear_schedule,
-    load_checkpoint,
-    load_network,
-    load_pretrained,
-    min_snr_loss,
-    save_checkpoint,
-    simple_loss,
-    to_model_range,
-    train,
-    v_loss,
-)
+import ddpm_utils as d
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+LABELS = torch.arange(32) % 10
+
+
+def run_with_ema(steps=12, start=1, classes=0, **options):
+    """(model, ema, losses); start: the seed of the weights that it starts from."""
+    model = small_unet(start, classes=classes)
+    ema = d.EMA(model, 0.9)
+    return model, ema, run(steps, model, ema=ema, **options)[1]
+
+
+def assert_same_run(one, other):
+    (model, ema, losses), (its_model, its_ema, its_losses) = one, other
+    assert losses == its_losses and same_weights(model, its_model)
+    assert same_weights(ema.model, its_ema.model) and ema.updates == its_ema.updates
+
+
+def stop_button(at):
+    def callback(step):
+        if step == at:
+            raise KeyboardInterrupt
+    return callback
 
 
 # ------------------------------------------------------------------ learning
 
-
-def test_one_batch_can_be_overfitted():
+def test_train_can_overfit_one_batch():
     torch.manual_seed(0)
-    model = UNet(channels=(16, 32))
-    x0, noise, t = (
-        to_model_range(some_images(4)),
-        torch.randn(4, 1, 8, 8),
-        torch.tensor([5, 15, 30, 45]),
-    )
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    first = simple_loss(model, SCHEDULE, x0, t, noise).item()
-    for _ in range(300):
-        loss = simple_loss(model, SCHEDULE, x0, t, noise)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    assert 0.7 < first < 1.4 and loss.item() < 0.02 * first
+    model, t = d.UNet(channels=(16, 32)), torch.tensor([5, 15, 30, 45])
+    x0, noise = d.to_model_range(some_images(4)), torch.randn(4, 1, 8, 8)
+
+    def of_this_batch(model, schedule, *drawn):
+        return d.simple_loss(model, schedule, x0, t, noise)
+
+    _, losses = run(300, model, loss_function=of_this_batch, lr=3e-3)
+    assert len(losses) == 300 and all(isinstance(loss, float) for loss in losses)
+    assert 0.7 < losses[0] < 1.4 and losses[-1] < 0.02 * losses[0] and not model.training
 
 
-def test_train_learns_one_picture():
-    torch.manual_seed(0)
-    model = UNet(channels=(16, 32))
-    losses = train(
-        model, SCHEDULE, some_images(1), 200, batch_size=16, lr=3e-3, warmup=20, progress=False
-    )
-    assert len(losses) == 200 and all(isinstance(loss, float) for loss in losses)
-    # without the network's help the loss is 1; with one picture only, nearly all noise can be told
-    assert sum(losses[:3]) / 3 > 0.8 and sum(losses[-50:]) / 50 < 0.25
-    assert not model.training
-
-
-def test_the_seed_decides():
-    (a, first), (b, again), (c, other) = run(seed=4), run(seed=4), run(seed=5)
-    assert first == again and same_weights(a, b)
-    assert first != other and not same_weights(a, c)
-
-
-def test_train_leaves_the_global_random_numbers_alone():
-    model = small_unet()
-    state = torch.get_rng_state()
-    run(model=model)
+def test_the_seed_decides_and_the_global_random_numbers_are_left_alone():
+    model, state = small_unet(), torch.get_rng_state()
+    _, first = run(model=model, seed=4)
     assert torch.equal(torch.get_rng_state(), state)
+    (twin, again), (other, others) = run(seed=4), run(seed=5)
+    assert first == again and same_weights(model, twin)
+    assert first != others and not same_weights(model, other)
 
 
 def test_train_is_the_plain_loop(monkeypatch):
     """Algorithm 1 written out again: the same draws, Adam, warm-up and decay, clipping."""
-    monkeypatch.setattr(ddpm_utils, "amp_dtype", lambda device: None)
+    monkeypatch.setattr(d, "amp_dtype", lambda device: None)
     steps, batch, lr, warmup, clip = 10, 4, 1e-2, 3, 0.05
     trained, losses = run(steps, batch_size=batch, lr=lr, warmup=warmup, clip=clip, seed=9)
     model, images, generator = small_unet(), some_images(), torch.Generator().manual_seed(9)
     optimizer = torch.optim.Adam(model.parameters())
     for step in range(steps):
-        rate = (
-            lr * (step + 1) / warmup
-            if step < warmup
-            else lr * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
-        )
+        down = lr * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
+        optimizer.param_groups[0]["lr"] = lr * (step + 1) / warmup if step < warmup else down
         x0 = images[torch.randint(len(images), (batch,), generator=generator)].float() / 127.5 - 1
         t = torch.randint(1, 51, (batch,), generator=generator)
         noise = torch.randn(x0.shape, generator=generator)
         alpha_bar = SCHEDULE.alpha_bars[t].view(-1, 1, 1, 1)
-        loss = (
-            (model(alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * noise, t) - noise)
-            .square()
-            .mean()
-        )
+        xt = alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * noise
+        loss = (model(xt, t) - noise).square().mean()
         optimizer.zero_grad()
         loss.backward()
         norm = math.sqrt(sum(float(p.grad.square().sum()) for p in model.parameters()))
         for p in model.parameters():
             p.grad *= min(1, clip / (norm + 1e-6))
-        optimizer.param_groups[0]["lr"] = rate
         optimizer.step()
         assert losses[step] == pytest.approx(loss.item(), rel=1e-3)
-    # what they say is compared and not the weights: Adam blows up the rounding of gradients that are exactly 0
-    # (a bias before a GroupNorm, of attention's keys), which changes nothing of what the network says
-    x, t, start = torch.randn(4, 1, 8, 8), torch.tensor([1, 10, 30, 50]), small_unet()
-    said, moved = model(x, t), trained(x, t)
-    assert float((said - start(x, t)).detach().abs().max()) > 0.01
-    torch.testing.assert_close(said, moved, rtol=1e-2, atol=1e-3)
+    # what they say is compared and not the weights: Adam blows up the rounding of gradients that
+    # are exactly 0 (a bias before a GroupNorm, of attention's keys), which changes nothing of it
+    x, t = torch.randn(4, 1, 8, 8), torch.tensor([1, 10, 30, 50])
+    assert float((model(x, t) - small_unet()(x, t)).detach().abs().max()) > 0.01
+    torch.testing.assert_close(model(x, t), trained(x, t), rtol=1e-2, atol=1e-3)
 
 
 def test_floats_are_taken_as_they_are():
-    images = some_images()
-    assert run(images=ddpm_utils.to_model_range(images))[1] == run(images=images)[1]
+    assert run(images=d.to_model_range(some_images()))[1] == run(images=some_images())[1]
 
 
 def test_learning_rate_goes_up_and_comes_down():
-    rates = [learning_rate(step, 100, 0.5, 10) for step in range(100)]
+    rates = [d.learning_rate(step, 100, 0.5, 10) for step in range(100)]
     assert rates[:10] == pytest.approx([0.05 * (i + 1) for i in range(10)])
     assert max(rates) == 0.5 and rates[55] == pytest.approx(0.25) and 0 < rates[-1] < 1e-3
     assert all(a >= b for a, b in zip(rates[10:], rates[11:]))
-    assert (
-        learning_rate(0, 5, 1.0, 0) == 1.0 and learning_rate(4, 5, 1.0, 10) == 0.5
-    )  # no warm-up; all warm-up
+    # no warm-up; all warm-up
+    assert d.learning_rate(0, 5, 1.0, 0) == 1.0 and d.learning_rate(4, 5, 1.0, 10) == 0.5
 
 
-def test_callback_is_called_when_it_said():
+def test_the_default_warm_up_suits_a_short_run(monkeypatch):
+    def note(step, steps, peak, warmup):
+        raise s.Stop(steps, warmup)
+
+    monkeypatch.setattr(d, "learning_rate", note)
+    for steps, warmup in ((5, 0), (100, 10), (5000, 200)):
+        with pytest.raises(s.Stop, match=rf"\({steps}, {warmup}\)"):
+            run(steps, warmup=None)
+
+
+def test_callback_is_called_when_it_said_and_progress_goes_to_stdout(capsys):
     seen = []
-    run(12, callback=seen.append, callback_every=5)
-    assert seen == [5, 10, 12]
-
-
-def test_progress_goes_to_stdout(capsys):
-    run(6, progress=True)
+    run(12, callback=seen.append, callback_every=5, progress=True)
     out, err = capsys.readouterr()
-    assert "training" in out and "6/6" in out and err == ""
+    assert seen == [5, 10, 12] and "training" in out and "12/12" in out and err == ""
 
 
 # ------------------------------------------------------------------ EMA
 
-
-class WithBuffer(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
-        self.register_buffer("count", torch.tensor(0))
-        self.register_buffer("scale", torch.tensor([10.0]))
-
-
 @pytest.mark.parametrize("decay", [0.0, 0.3, 0.999])
 def test_ema_follows_its_closed_form_and_copies_buffers(decay):
-    model = WithBuffer()
-    ema = EMA(model, decay)
-    values = [torch.tensor([1.0, -2.0])]
+    model = torch.nn.BatchNorm1d(2)                 # its buffers: two of floats, one that counts
+    ema, values = d.EMA(model, decay), [model.weight.detach().clone()]
     for k in range(1, 9):
-        with torch.no_grad():
-            model.weight.copy_(torch.tensor([k**2, -1.0 / k]))
-            model.count += 1
-            model.scale *= 1.5
+        model.weight.data = torch.tensor([k**2, -1.0 / k])
+        model.num_batches_tracked += 1
+        model.running_var *= 1.5
         values.append(model.weight.detach().clone())
         ema.update(model)
-        assert (
-            ema.model.count == model.count and ema.model.scale == model.scale
-        )  # not a mixture of old and new
-    decays = [min(decay, (1 + k) / (10 + k)) for k in range(1, 9)]
+        assert all(map(torch.equal, ema.model.buffers(), model.buffers()))  # no mixture with old
     # the average is a weighted sum: value k counts (1 - d_k) times the product of all later decays
-    expected = values[0] * math.prod(decays)
-    for k in range(1, 9):
-        expected = expected + values[k] * (1 - decays[k - 1]) * math.prod(decays[k:])
-    torch.testing.assert_close(ema.model.weight, expected)
-    assert torch.equal(model.weight, values[-1])  # the network itself is left alone
-
-
-def test_ema_is_a_copy_without_gradients():
-    model = small_unet().train()
-    ema = EMA(model)
+    decays = [0, *(min(decay, (1 + k) / (10 + k)) for k in range(1, 9))]
+    shares = [(1 - decays[k]) * math.prod(decays[k + 1:]) for k in range(9)]
+    torch.testing.assert_close(ema.model.weight, sum(w * v for w, v in zip(shares, values)))
     assert not ema.model.training and not any(p.requires_grad for p in ema.model.parameters())
+    # the network itself is left alone
     assert model.training and all(p.requires_grad for p in model.parameters())
-    assert same_weights(ema.model, model)
-    with torch.no_grad():
-        next(model.parameters()).add_(1)
-    assert not same_weights(ema.model, model)
+    assert torch.equal(model.weight, values[-1])
 
 
-def test_train_takes_the_ema_class_that_a_notebook_has_defined():
+def test_train_updates_each_step_an_ema_of_the_class_that_a_notebook_has_defined():
     """In notebook 04 it is __main__.EMA: the same words, another class."""
-    own = type("EMA", (), {name: vars(EMA)[name] for name in ("__init__", "update")})
+    own = type("EMA", (), {name: vars(d.EMA)[name] for name in ("__init__", "update")})
     model = small_unet()
-    ema = own(model, 0.9)
-    run(3, model, ema=ema)
-    assert ema.updates == 3 and not same_weights(ema.model, small_unet())
-
-
-def test_train_updates_the_ema_each_step():
-    model = small_unet()
-    ema, twin, seen = EMA(model, 0.9), EMA(model, 0.9), []
-    run(
-        7,
-        model,
-        ema=ema,
-        callback=lambda step: (twin.update(model), seen.append(step)),
-        callback_every=1,
-    )
-    assert ema.updates == 7 == len(seen) and same_weights(ema.model, twin.model)
+    ema, twin = own(model, 0.9), d.EMA(model, 0.9)
+    run(7, model, ema=ema, callback=lambda step: twin.update(model), callback_every=1)
+    assert ema.updates == twin.updates == 7 and same_weights(ema.model, twin.model)
     assert not same_weights(ema.model, model)
 
 
 # ------------------------------------------------------------------ stop and go on
 
-
-def undisturbed(steps=12, **options):
-    model = small_unet()
-    ema = EMA(model, 0.9)
-    _, losses = run(steps, model, ema=ema, **options)
-    return model, ema, losses
-
-
-@pytest.mark.parametrize("end, saved_every", [(8, 4), (7, 3), (11, 1)])
-def test_stop_and_resume_gives_the_same_numbers(tmp_path, end, saved_every):
-    whole, whole_ema, whole_losses = undisturbed()
-    file = tmp_path / "run.pt"
-
-    model = small_unet()
-    with pytest.raises(Stop):
-        run(
-            12,
-            model,
-            ema=EMA(model, 0.9),
-            checkpoint=file,
-            checkpoint_every=saved_every,
-            callback=stop_at(end),
-            callback_every=1,
-        )
-    assert load_checkpoint(file)["step"] == end // saved_every * saved_every
-
-    torch.manual_seed(99)
-    model = small_unet(seed=77)  # other weights: those of the file must replace them
-    ema, seen = EMA(model, 0.9), []
-    _, losses = run(
-        12,
-        model,
-        ema=ema,
-        checkpoint=file,
-        checkpoint_every=saved_every,
-        callback=seen.append,
-        callback_every=1,
-    )
-    assert seen[0] == end // saved_every * saved_every + 1  # it did not start again
-    assert losses == whole_losses and same_weights(model, whole)
-    assert same_weights(ema.model, whole_ema.model) and ema.updates == whole_ema.updates
+@pytest.mark.parametrize("end, saved_every, options", [
+    (8, 4, {}), (7, 3, {}), (11, 1, {}), (12, 4, {}), (7, 5, {"classes": 10, "labels": LABELS})])
+def test_stop_and_resume_gives_the_same_numbers(tmp_path, capsys, end, saved_every, options):
+    """After step 12 the run is finished: it is loaded and not trained again."""
+    file, last, seen = tmp_path / "run.pt", end // saved_every * saved_every, []
+    saving = {"checkpoint": file, "checkpoint_every": saved_every, "callback_every": 1, **options}
+    with pytest.raises(s.Stop):
+        run_with_ema(**saving, callback=s.stop_at(end))
+    before = file.read_bytes()
+    assert d.load_checkpoint(file)["step"] == last
+    # other weights at the start: those of the file must replace them
+    resumed = run_with_ema(start=77, **saving, callback=seen.append)
+    assert seen == list(range(last + 1, 13))        # it did not start again
+    assert ("finished" in capsys.readouterr().out) == (file.read_bytes() == before) == (end == 12)
+    assert_same_run(resumed, run_with_ema(**options))
     assert [path.name for path in tmp_path.iterdir()] == ["run.pt"]
 
 
 def test_a_killed_process_loses_nothing(tmp_path):
-    """A checkpoint after every step, so that the kill most likely comes while one is being written."""
+    """A checkpoint after every step, so that most likely one is being written at the kill."""
     file = tmp_path / "run.pt"
-    kill_a_run(file, after=6)
-    saved = load_checkpoint(file)
-    assert 6 <= saved["step"] < 2000
-    target, seen = saved["step"] + 5, []
-
-    def stop(step):
-        seen.append(step)
-        if step == target:
-            raise Stop
-
-    model = small_unet(seed=77)  # on to a few steps after the kill, and the same without any kill
-    ema = EMA(model, 0.9)
-    with pytest.raises(Stop):
-        run(
-            2000,
-            model,
-            ema=ema,
-            checkpoint=file,
-            checkpoint_every=1,
-            callback=stop,
-            callback_every=1,
-        )
-    assert seen[0] == saved["step"] + 1
-    whole = small_unet()
-    whole_ema = EMA(whole, 0.9)
-    with pytest.raises(Stop):
-        run(2000, whole, ema=whole_ema, callback=stop, callback_every=1)
-    assert same_weights(model, whole)
-    assert same_weights(ema.model, whole_ema.model)
-
-
-def test_a_finished_run_is_loaded_and_not_trained_again(tmp_path, capsys):
-    file, model = tmp_path / "run.pt", small_unet()
-    ema = EMA(model, 0.9)
-    first, losses = run(6, model, ema=ema, checkpoint=file)
-    before, again, calls = file.read_bytes(), small_unet(seed=50), []
-    again_ema = EMA(again, 0.9)
-    _, losses_again = run(
-        6, again, ema=again_ema, checkpoint=file, callback=calls.append, callback_every=1
-    )
-    assert "finished" in capsys.readouterr().out
-    assert losses == losses_again and calls == [] and same_weights(first, again)
-    assert same_weights(ema.model, again_ema.model) and file.read_bytes() == before
-
-
-CHANGES = [
-    {"lr": 1e-2},
-    {"batch_size": 5},
-    {"seed": 3},
-    {"warmup": 1},
-    {"clip": 0.5},
-    {"steps": 13},
-    {"loss_function": v_loss},
-    {"images": some_images(33)},
-    {"images": some_images(seed=5)},
-]
-
-
-@pytest.mark.parametrize("done", ["unfinished", "finished"])
-@pytest.mark.parametrize("change", CHANGES, ids=lambda change: next(iter(change)))
-def test_a_checkpoint_of_another_run_is_refused_and_kept(tmp_path, change, done):
-    """Also other images of the same number, and a finished run that is asked for more steps."""
-    file = tmp_path / "run.pt"
-    if done == "finished":
-        run(12, checkpoint=file)
-    else:
-        unfinished(file)
-    before = file.read_bytes()
-    with pytest.raises(ValueError, match=f"run.pt holds another run.*{next(iter(change))}"):
-        run(**{"steps": 12, "checkpoint": file, "checkpoint_every": 4, **change})
-    assert file.read_bytes() == before
-
-
-def test_what_is_inside_a_partial_belongs_to_the_run(tmp_path):
-    file = unfinished(tmp_path / "run.pt", loss_function=functools.partial(v_loss, gamma=5))
-    with pytest.raises(ValueError, match="loss_function"):
-        run(12, checkpoint=file, loss_function=functools.partial(v_loss, gamma=1))
-
-
-def test_another_schedule_network_or_ema_is_another_run(tmp_path):
-    file = unfinished(tmp_path / "run.pt")
-    for named, options in {"schedule": {}, "ema": {"ema": 0.9}, "network": {"wide": 24}}.items():
-        model = UNet(channels=(8, options.pop("wide", 16)))
-        schedule = linear_schedule(60) if named == "schedule" else SCHEDULE
-        with pytest.raises(ValueError, match=named):
-            train(
-                model,
-                schedule,
-                some_images(),
-                12,
-                batch_size=4,
-                warmup=3,
-                checkpoint=file,
-                progress=False,
-                ema=EMA(model, 0.9) if "ema" in options else None,
-            )
-
-
-def test_a_checkpoint_from_another_device_is_refused_in_words(tmp_path):
-    """A GPU's generator has another state, and its numbers would be others."""
-    file = unfinished(tmp_path / "run.pt")
-    content = torch.load(file, weights_only=True)
-    torch.save({**content, "device": "cuda"}, file)
-    with pytest.raises(ValueError, match="written on cuda"):
-        run(12, checkpoint=file)
-
-
-def test_a_plain_file_of_weights_is_not_a_training_checkpoint(tmp_path):
-    save_checkpoint(tmp_path / "weights.pt", small_unet(), SCHEDULE)
-    before = (tmp_path / "weights.pt").read_bytes()
-    with pytest.raises(ValueError, match="weights.pt is not a training checkpoint"):
-        run(12, checkpoint=tmp_path / "weights.pt")
-    assert (tmp_path / "weights.pt").read_bytes() == before
-
-
-# ------------------------------------------------------------------ what goes wrong on the way
-
-
-class Breaks(torch.nn.Module):
-    """A network whose answers are no numbers from the k-th call on."""
-
-    def __init__(self, k):
-        super().__init__()
-        self.inner, self.k, self.calls = small_unet(), k, 0
-
-    def forward(self, x, t):
-        self.calls += 1
-        return self.inner(x, t) * (float("nan") if self.calls > self.k else 1)
-
-
-@pytest.mark.parametrize("steps, breaks_after", [(12, 9), (60, 47)])
-def test_a_loss_that_is_no_number(tmp_path, steps, breaks_after):
-    file, model = tmp_path / "run.pt", Breaks(breaks_after)
-    with pytest.raises(FloatingPointError, match="run.pt"):
-        run(steps, model, checkpoint=file, checkpoint_every=4)
-    saved = load_checkpoint(file)
-    assert saved["step"] == breaks_after // 4 * 4  # the last good one
-    assert all(torch.isfinite(value).all() for value in saved["model"].values())
-    assert torch.isfinite(saved["losses"][: saved["step"]]).all()
-    assert not model.training
-
-
-def test_a_loss_that_is_no_number_without_a_checkpoint():
-    with pytest.raises(FloatingPointError, match="step"):
-        run(12, Breaks(5))
-
-
-def test_weights_that_are_no_numbers_are_not_saved(tmp_path):
-    """The loss of step 8 is still good, the weights after it are not: a file of them could never be continued."""
-
-    class Spoilt(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inner, self.calls = small_unet(), 0
-
-        def forward(self, x, t):
-            self.calls += 1
-            out = self.inner(x, t)
-            if self.calls == 8:
-                out.register_hook(lambda gradient: gradient * float("nan"))
-            return out
-
-    file = tmp_path / "run.pt"
-    with pytest.raises(FloatingPointError):
-        run(12, Spoilt(), checkpoint=file, checkpoint_every=4)
-    saved = load_checkpoint(file)
-    assert (
-        all(torch.isfinite(value).all() for value in saved["model"].values()) and saved["step"] == 4
-    )
+    s.kill_a_run(file, after=6)
+    saved = d.load_checkpoint(file)["step"]
+    assert 6 <= saved < 2000
+    # on to a few steps after the kill, and the same without any kill
+    stop = {"callback": stop_button(saved + 5), "callback_every": 1}
+    resumed = run_with_ema(2000, start=77, checkpoint=file, checkpoint_every=1, **stop)
+    assert_same_run(resumed, run_with_ema(2000, **stop))
 
 
 @pytest.mark.parametrize("end", [1, 10])
 def test_the_stop_button_leaves_everything_usable(tmp_path, capsys, end):
-    model = small_unet()
-    ema = EMA(model, 0.9)
-
-    def stop(step):
-        if step == end:
-            raise KeyboardInterrupt
-
-    _, losses = run(
-        12,
-        model,
-        ema=ema,
-        checkpoint=tmp_path / "run.pt",
-        checkpoint_every=4,
-        callback=stop,
-        callback_every=1,
-    )
-    _, _, whole = undisturbed()
-    assert end - 1 <= len(losses) <= end  # the step in which it came may be missing
-    assert losses == whole[: len(losses)]
+    saving = {"checkpoint": tmp_path / "run.pt", "checkpoint_every": 4}
+    stop = {"callback": stop_button(end), "callback_every": 1}
+    model, ema, losses = run_with_ema(**saving, **stop)
     assert "Stopped" in capsys.readouterr().out
+    assert end - 1 <= len(losses) <= end            # the step in which it came may be missing
+    whole = run_with_ema()[2]
+    assert losses == whole[:len(losses)]
     assert not model.training and ema.updates == end
-    x = ddpm_utils.ddim_sample(ema.model, SCHEDULE, 2, 3, shape=(1, 8, 8), progress=False)
-    assert torch.isfinite(x).all()
-    if end < 4:  # nothing was saved yet
-        return
-    resumed = small_unet(seed=50)
-    assert (
-        run(12, resumed, ema=EMA(resumed, 0.9), checkpoint=tmp_path / "run.pt", checkpoint_every=4)[
-            1
-        ]
-        == whole
-    )
+    assert torch.isfinite(s.four_samples("ddim", ema.model, SCHEDULE)).all()
+    if end > 4:                                     # otherwise nothing was saved yet
+        assert run_with_ema(start=50, **saving)[2] == whole
+
+
+@pytest.mark.parametrize("end", [4, 12])
+def test_a_checkpoint_of_another_run_is_refused_and_kept(tmp_path, end):
+    """Also other images of the same number, another number inside functools.partial, and a finished
+    run (12) that is asked for more steps."""
+    file, gamma_5 = tmp_path / "run.pt", functools.partial(d.v_loss, gamma=5)
+
+    def train(**change):
+        same = {"model": small_unet(classes=10), "schedule": SCHEDULE, "images": some_images(),
+                "labels": LABELS, "steps": 12, "batch_size": 4, "warmup": 3, "progress": False,
+                "loss_function": gamma_5, "checkpoint": file, "checkpoint_every": 4}
+        d.train(**{**same, **change})
+
+    with pytest.raises(s.Stop):
+        train(callback=s.stop_at(end), callback_every=1)
+    before = file.read_bytes()
+    for change in [
+            {"lr": 1e-2}, {"batch_size": 5}, {"seed": 3}, {"warmup": 1}, {"clip": 0.5},
+            {"steps": 13}, {"loss_function": d.v_loss}, {"loss_function": d.simple_loss},
+            {"loss_function": functools.partial(d.v_loss, gamma=1)}, {"drop": 0.2},
+            {"labels": LABELS.flip(0)}, {"images": some_images(seed=5)},
+            {"images": some_images(33), "labels": torch.arange(33) % 10},
+            {"schedule": d.linear_schedule(60)}, {"ema": d.EMA(small_unet(), 0.9)},
+            {"model": d.UNet(channels=(8, 24), classes=10)}]:
+        named = ", ".join({"model": "network", "drop": "labels"}.get(name, name) for name in change)
+        with pytest.raises(ValueError, match=rf"run.pt holds another run \({named}\)"):
+            train(**change)
+        assert file.read_bytes() == before
+
+
+def test_a_file_of_another_device_and_one_of_weights_are_refused_and_kept(tmp_path):
+    """A GPU's generator has another state, and its numbers would be others."""
+    content = torch.load(s.unfinished(tmp_path / "run.pt"), weights_only=True)
+    torch.save({**content, "device": "cuda"}, tmp_path / "run.pt")
+    d.save_checkpoint(tmp_path / "weights.pt", small_unet(), SCHEDULE)
+    for words in ("run.pt was written on cuda", "weights.pt is not a training checkpoint"):
+        file = tmp_path / words.split()[0]
+        before = file.read_bytes()
+        with pytest.raises(ValueError, match=words):
+            run(12, checkpoint=file)
+        assert file.read_bytes() == before
+
+
+@pytest.mark.parametrize("steps, bad, late", [(12, 10, False), (60, 48, False), (12, 8, True)])
+def test_what_is_no_number_ends_a_run_and_is_not_saved(tmp_path, steps, bad, late):
+    """late: the loss of that step is still good, the weights after it are not, which could never be
+    continued."""
+    file, model, calls = tmp_path / "run.pt", small_unet(), itertools.count(1)
+
+    def loss(*given):
+        good, broken = d.simple_loss(*given), next(calls) >= bad
+        if broken and late:
+            good.register_hook(lambda gradient: gradient * math.nan)
+        return good * math.nan if broken and not late else good
+
+    with pytest.raises(FloatingPointError, match=r"step \d+.*run.pt"):
+        run(steps, model, loss_function=loss, checkpoint=file, checkpoint_every=4)
+    saved = d.load_checkpoint(file)
+    assert saved["step"] == (bad - 1) // 4 * 4                          # the last good one
+    for numbers in (*saved["model"].values(), saved["losses"][:saved["step"]]):
+        assert torch.isfinite(numbers).all()
+    assert not model.training
+    with pytest.raises(FloatingPointError, match="step"):               # also without a file
+        run(steps, loss_function=loss)
 
 
 # ------------------------------------------------------------------ mixed precision
 
-
-@pytest.mark.parametrize(
-    "capability, dtype",
-    [
-        ((7, 5), torch.float16),
-        ((8, 0), torch.bfloat16),
-        ((9, 0), torch.bfloat16),
-        ((6, 1), torch.float16),
-    ],
-)
-def test_amp_dtype_of_gpus(monkeypatch, capability, dtype):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: capability)
-    monkeypatch.setattr(
-        torch.cuda, "is_bf16_supported", lambda *a, **k: True
-    )  # what a T4 says, and emulates it
-    assert amp_dtype(torch.device("cuda")) is dtype and amp_dtype("cuda:0") is dtype
-
-
-@pytest.mark.parametrize("has, dtype", [(True, torch.bfloat16), (False, None)])
-def test_amp_dtype_of_cpus(monkeypatch, has, dtype):
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has, raising=False)
-    assert amp_dtype("cpu") is dtype and amp_dtype(torch.device("cpu")) is dtype
-
-
-def test_amp_dtype_elsewhere(monkeypatch):
-    assert amp_dtype("mps") is None
-    monkeypatch.delattr(
-        torch.cpu, "_is_avx512_bf16_supported", raising=False
-    )  # a torch that does not say
-    assert amp_dtype("cpu") is None
-
-
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-def test_train_in_each_number_type(monkeypatch, dtype):
-    monkeypatch.setattr(ddpm_utils, "amp_dtype", lambda device: dtype)
-    model, losses = run(8)
-    assert all(math.isfinite(loss) for loss in losses) and len(losses) == 8
-    assert all(p.dtype == torch.float32 and torch.isfinite(p).all() for p in model.parameters())
+@pytest.mark.parametrize("kind, here, dtype", [
+    ("cuda", (7, 5), torch.float16), ("cuda", (8, 0), torch.bfloat16),
+    ("cuda", (9, 0), torch.bfloat16), ("cuda", (6, 1), torch.float16),
+    ("cpu", True, torch.bfloat16), ("cpu", False, None), ("cpu", "unknown", None),
+    ("mps", True, None)])
+def test_amp_dtype(monkeypatch, kind, here, dtype):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: here)
+    # what a T4 says, and emulates it
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *a, **k: True)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: here, raising=False)
+    if here == "unknown":                           # a torch that does not say
+        monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported")
+    for device in (kind, f"{kind}:0", torch.device(kind)):
+        assert d.amp_dtype(device) is dtype
 
 
 # ------------------------------------------------------------------ labels
 
-
-def labels(n=32):
-    return torch.arange(n) % 10
-
-
-def labelled_run(labels=labels(), steps=12, **options):
-    return run(steps, small_unet(classes=10), labels=labels, **options)
-
-
 def test_labels_are_dropped_one_by_one():
     """A share of them, mixed within a batch, and nothing but the last row means "no label"."""
-    n, y = 20_000, torch.arange(20_000) % 10
-    dropped = drop_labels(y, 0.1, 10, torch.Generator().manual_seed(0))
-    gone = dropped == 10
-    assert abs(float(gone.float().mean()) - 0.1) < 5 * math.sqrt(0.09 / n)
-    assert torch.equal(dropped[~gone], y[~gone])
-    shares = gone.view(-1, 100).float().mean(dim=1)  # batches of 100: mixed within each
-    assert 0 < float(shares.min()) + 0.05 and float(shares.max()) < 0.3
-    assert torch.equal(drop_labels(y, 0.0, 10), y) and bool((drop_labels(y, 1.0, 10) == 10).all())
+    y = torch.arange(20_000) % 10
+    dropped = d.drop_labels(y, 0.1, 10, torch.Generator().manual_seed(0))
+    shares = (dropped == 10).view(-1, 100).float().mean(dim=1)          # of batches of 100
+    assert abs(float(shares.mean()) - 0.1) < 5 * math.sqrt(0.09 / len(y))
+    assert 0 < float(shares.min()) and float(shares.max()) < 0.3
+    assert torch.equal(dropped[dropped != 10], y[dropped != 10])
+    assert torch.equal(d.drop_labels(y, 0.0, 10), y) and d.drop_labels(y, 1.0, 10).eq(10).all()
 
 
 def test_labels_reach_the_network_and_the_last_row_is_trained_too():
-    model, _ = labelled_run(steps=60, drop=0.5)
-    assert bool(model.label.weight.any(dim=1).all())  # all rows have left zero
-    model, _ = labelled_run(drop=0.0)
+    model, _ = run(60, small_unet(classes=10), labels=LABELS, drop=0.5)
+    assert bool(model.label.weight.any(dim=1).all())                    # all rows have left zero
+    model, _ = run(12, small_unet(classes=10), labels=LABELS, drop=0.0)
     assert not model.label.weight[10].any()
 
 
 def test_without_labels_not_one_random_draw_changes():
     """The run of a network with classes and no labels is, but for its last row, the plain one."""
     (_, losses), (model, same) = run(), run(model=small_unet(classes=10))
-    assert losses == pytest.approx(same, rel=1e-3)
-    assert not model.label.weight[:10].any()
-
-
-def test_a_labelled_run_goes_on_to_the_same_numbers(tmp_path):
-    whole, losses = labelled_run()
-    file = tmp_path / "run.pt"
-    with pytest.raises(Stop):
-        labelled_run(checkpoint=file, checkpoint_every=5, callback=stop_at(7), callback_every=1)
-    resumed, again = labelled_run(checkpoint=file, checkpoint_every=5)
-    assert losses == again and same_weights(whole, resumed)
-    with pytest.raises(ValueError, match="labels"):
-        labelled_run(labels=labels().flip(0), checkpoint=file)
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [labels(31), labels() + 1, labels() - 1, labels().float()],
-    ids=["length", "too large", "negative", "floats"],
-)
-def test_wrong_labels_are_named(wrong):
-    with pytest.raises(ValueError, match="labels must be int64.*from 0 to 9"):
-        labelled_run(labels=wrong)
-
-
-def test_labels_for_a_network_without_classes_are_refused():
-    with pytest.raises(ValueError, match="labels"):
-        run(labels=labels())
+    assert losses == pytest.approx(same, rel=1e-3) and not model.label.weight[:10].any()
 
 
 # ------------------------------------------------------------------ what the network predicts
 
-
-@pytest.mark.parametrize(
-    "loss, target",
-    [
-        (simple_loss, "noise"),
-        (v_loss, "v"),
-        (min_snr_loss, "v"),
-        (functools.partial(v_loss, gamma=2), "v"),
-    ],
-)
+@pytest.mark.parametrize("loss, target", [
+    (d.simple_loss, "noise"), (d.v_loss, "v"), (d.min_snr_loss, "v"),
+    (functools.partial(d.v_loss, gamma=2), "v")])
 def test_train_notes_what_the_network_predicts(tmp_path, loss, target):
-    model = small_unet()
-    ema = EMA(model)
-    run(4, model, ema=ema, loss_function=loss, checkpoint=tmp_path / "run.pt")
-    assert model.target == ema.model.target == target
-    assert load_checkpoint(tmp_path / "run.pt")["target"] == target
-    wrapped, _ = load_pretrained(tmp_path / "run.pt")  # a learner's own file, by its path
-    assert isinstance(wrapped, NoiseFromV) == (target == "v")
+    file = tmp_path / "run.pt"
+    model, ema, _ = run_with_ema(4, loss_function=loss, checkpoint=file)
+    assert model.target == ema.model.target == d.load_checkpoint(file)["target"] == target
+    wrapped, _ = d.load_pretrained(file)            # a learner's own file, by its path
     x, t = torch.randn(2, 1, 8, 8), torch.tensor([3, 40])
-    expected = NoiseFromV(ema.model, SCHEDULE)(x, t) if target == "v" else ema.model(x, t)
+    expected = d.NoiseFromV(ema.model, SCHEDULE)(x, t) if target == "v" else ema.model(x, t)
     torch.testing.assert_close(wrapped(x, t), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_v_network_without_its_wrapper_is_noticed():
-    model, _ = run(2, loss_function=v_loss)
-    for sample in (ddpm_utils.ddpm_sample, ddim_sample, ddpm_utils.dpm_solver_sample):
+    model, _ = run(2, loss_function=d.v_loss)
+    for name in s.SAMPLERS:
         with pytest.raises(ValueError, match="NoiseFromV"):
-            sample(model, SCHEDULE, 1, shape=(1, 8, 8), progress=False)
-    ddim_sample(NoiseFromV(model, SCHEDULE), SCHEDULE, 1, 2, shape=(1, 8, 8), progress=False)
+            s.four_samples(name, model, SCHEDULE)
+        s.four_samples(name, d.NoiseFromV(model, SCHEDULE), SCHEDULE)
     with pytest.raises(ValueError, match="predicts v"):  # nor is it trained on to something else
         run(2, model)
 
 
-@pytest.mark.skipif(not (WEIGHTS / "fashion.pt").is_file(), reason="no shipped weights here")
+@pytest.mark.skipif(not (s.WEIGHTS / "fashion.pt").is_file(), reason="no shipped weights here")
 def test_the_shipped_network_can_be_trained_further(tmp_path):
-    model, schedule = load_network("fashion")
-    images = torch.randint(0, 256, (4, 1, 28, 28), dtype=torch.uint8)
-    before = model.stem.weight.clone()
-    losses = train(model, schedule, images, 2, batch_size=2, loss_function=v_loss, progress=False)
-    assert len(losses) == 2 and not torch.equal(model.stem.weight, before)
-    save_checkpoint(tmp_path / "mine.pt", model, schedule)
-    mine, _ = load_pretrained(tmp_path / "mine.pt")
-    assert isinstance(mine, NoiseFromV)
-
-
-@pytest.mark.parametrize(
-    "wrong, named", [({"ema": 0.995}, "EMA"), ({"loss_function": "v"}, "v_loss")]
-)
-def test_natural_mistakes_are_told_what_is_expected(wrong, named):
-    with pytest.raises(ValueError, match=named):
-        run(2, **wrong)
-
-
-@pytest.mark.parametrize("steps, warmup", [(5, 0), (100, 10), (5000, 200)])
-def test_the_default_warm_up_suits_a_short_run(monkeypatch, steps, warmup):
-    seen = []
-
-    def note(step, steps, peak, warmup):
-        seen.append(warmup)
-        raise Stop
-
-    monkeypatch.setattr(ddpm_utils, "learning_rate", note)
-    with pytest.raises(Stop):
-        run(steps, warmup=None)
-    assert seen == [warmup]
+    model, schedule = d.load_network("fashion")
+    images, before = some_images(4).repeat(1, 1, 4, 4)[..., :28, :28], model.stem.weight.clone()
+    d.train(model, schedule, images, 2, batch_size=2, loss_function=d.v_loss, progress=False)
+    assert not torch.equal(model.stem.weight, before)
+    d.save_checkpoint(tmp_path / "mine.pt", model, schedule)
+    assert isinstance(d.load_pretrained(tmp_path / "mine.pt")[0], d.NoiseFromV)
 
 
 def test_the_table_of_recipes_is_what_was_measured():
-    runs = json.loads((ROOT / "tests" / "measure" / "recipes.json").read_text())["runs"]
-    text = "\n".join(prose(next(NOTEBOOKS.glob("04_*.ipynb"))))
+    runs = json.loads((s.ROOT / "tests" / "measure" / "recipes.json").read_text())["runs"]
+    text = "\n".join(s.prose(next(s.NOTEBOOKS.glob("04_*.ipynb"))))
     rows = re.findall(r"^\| .* \| ([\d,]+) \| ([\d.]+) \|$", text, re.M)
     measured = {(f"{run['steps']:,}", f"{run['distance']:.1f}") for run in runs.values()}
     assert len(rows) == 7 and set(rows) <= measured

@@ -1261,13 +1261,18 @@ def load_checkpoint(path, model=None, ema=None):
 
 def _fill(path, content, model, ema):
     try:
-        if model is not None:
-            getattr(model, "_orig_mod", model).load_state_dict(content["model"])
-            model.target = content.get("target")
+        networks = {"model": getattr(model, "_orig_mod", model), "ema": ema and ema.model}
+        networks = {part: network for part, network in networks.items() if network is not None}
+        for part, network in networks.items():  # before load_state_dict copies what happens to fit
+            mine, given = network.state_dict(), content[part]
+            if {k: v.shape for k, v in mine.items()} != {k: v.shape for k, v in given.items()}:
+                raise TypeError("other names or shapes")
+        for part, network in networks.items():
+            network.load_state_dict(content[part])
+            network.target = content.get("target")
         if ema is not None:
-            ema.model.load_state_dict(content["ema"])
-            ema.updates, ema.model.target = content["ema_updates"], content.get("target")
-    except (RuntimeError, TypeError) as error:
+            ema.updates = content["ema_updates"]
+    except (RuntimeError, TypeError, AttributeError) as error:
         built = f"UNet(**{content['unet']})" if content.get("unet") else "another network"
         raise ValueError(f"{path} does not fit: it is of {built}") from error
 

@@ -218,6 +218,12 @@ def test_the_cards_print_what_was_measured():
         sampler, calls = re.match(r"(.+), (\d+) calls", row).groups()
         both = f"{before[row]['distance']:.1f} | {numbers['distance']:.1f}"
         assert f"| {sampler} | {calls} | {both} |" in reflow, row
+    pairs = [found[f"pair, {steps} steps"] for steps in (5000, 20000, 42000)]
+    for row in (row for row in pairs[0] if row.startswith("flow")):
+        sampler, calls = re.match(r"flow, (.+), (\d+) calls", row).groups()
+        cells = [f"{pair[name]['distance']:.1f} " if name in pair else ""
+                 for pair in pairs for name in ("v" + row[4:], row)]
+        assert f"| {sampler} | {calls} | {'| '.join(cells)}|" in flow, row
     trial = found["reflow, 4096 pairs, 800 steps"].values()
     assert [round(numbers["distance"], 1) for numbers in trial] == [49.2, 26.3, 16.9]
     assert "49.2,\n26.3 and 16.9" in reflow

@@ -138,13 +138,12 @@ def stop_at(step):
     return callback
 
 
-def unfinished(file, with_ema=False, **options):
+def unfinished(file, **options):
     """A run of 12 steps that was stopped at step 4, in file."""
     model = options.pop("model", None) or small_unet()
-    ema = d.EMA(model, 0.9) if with_ema else None
     with pytest.raises(Stop):
         run(12, model, checkpoint=file, checkpoint_every=4, callback=stop_at(4), callback_every=4,
-            ema=ema, **options)
+            **options)
     return file
 
 

@@ -1280,8 +1280,7 @@ def _fill(path, content, model, ema):
 # --- trained weights
 
 WEIGHTS = {  # SHA-256 of the shipped files
-    "fashion": "4ac830e5460ffefba105ea22776dee6cc827f684cb64f6bbee12501f5eb94b91",
-    "fashion_labels": "ee08d43be297a224742aacfc585327bdaeb116a498ca1033d928838c6a947723",
+    "fashion": "39cca83a72aad7fa0f5e2a34878fd3433d3c15cc6d94db9f4050da58664ef675",
     "fashion_flow": "d1e29ad683db10494d47eabaac97b8e9c0dfc6ff4e807f825549caf76f6740ed",
     "fashion_reflow": "93086fa9e716f4a24b2e1250a628df10929a85db8669bfa4cbb718e127d5d253",
     "classifier": "1240bdf1183e8058c53184b4a48de7b0694ed1eefc07c285abac7f326e2896bf",

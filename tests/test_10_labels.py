@@ -117,8 +117,8 @@ def test_drop_labels_tosses_a_coin_for_each_and_keeps_the_type():
 # ------------------------------------------------------------------ the shipped network
 
 def test_the_shipped_network_draws_what_it_is_asked_for():
-    """98% of 10,000 at w = 3 (tests/measure/guidance.json); here 50, which may miss a few."""
-    (model, schedule), y = d.load_pretrained("fashion_labels"), torch.arange(10).repeat(5)
+    """99% of 10,000 at w = 3 (tests/measure/guidance.json); here 50, which may miss a few."""
+    (model, schedule), y = d.load_pretrained(), torch.arange(10).repeat(5)
     images = d.dpm_solver_sample(d.Guided(model, y, 3.0), schedule, 50, 8, progress=False,
                                  generator=torch.Generator().manual_seed(0))
     named = d.garment_features(d.load_classifier()[0], images)[1].argmax(dim=1)
@@ -127,8 +127,8 @@ def test_the_shipped_network_draws_what_it_is_asked_for():
 
 def test_the_card_and_the_readme_print_what_was_measured():
     found = json.loads((ROOT / "tests" / "measure" / "guidance.json").read_text())
-    rows = found[d.WEIGHTS["fashion_labels"][:12]]
-    card = (WEIGHTS / "fashion_labels.md").read_text(encoding="utf-8")
+    rows = found[d.WEIGHTS["fashion"][:12]]
+    card = (WEIGHTS / "fashion.md").read_text(encoding="utf-8")
     for row, numbers in rows.items():
         w, n = re.match(r"w = ([\d.]+), (\d+) images", row).groups()
         start = f"| {w} | {int(n):,} | {numbers['distance']:.1f} | "

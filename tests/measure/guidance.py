@@ -9,6 +9,7 @@ without a label. 10,000 images take five to ten minutes of one core with bfloat1
 """
 
 import argparse
+import hashlib
 import json
 import pathlib
 import sys
@@ -21,7 +22,8 @@ import torch  # noqa: E402
 import ddpm_utils as d  # noqa: E402
 
 RESULTS = HERE / "guidance.json"
-BATCH = 100  # ten of each class
+WEIGHTS = HERE.parent.parent / "notebooks" / "weights" / "fashion.pt"
+BATCH = 500  # fifty of each class
 
 
 def sample(model, schedule, w, n):
@@ -65,16 +67,17 @@ def main():
     )
     parser.add_argument("--w", type=float, nargs="*", default=[1, 2, 0, 3, 1.5, 4])
     parser.add_argument("--images", type=int, default=10_000)
+    parser.add_argument("--weights", type=pathlib.Path, default=WEIGHTS)
     parser.add_argument("--table", action="store_true")
     chosen = parser.parse_args()
     read = lambda: json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    key = d.WEIGHTS["fashion_labels"][:12]
+    key = hashlib.sha256(chosen.weights.read_bytes()).hexdigest()[:12]
     if chosen.table:
         for row, found in read().get(key, {}).items():
             print(row, found)
         return
     device = d.set_up()
-    model, schedule = d.load_pretrained("fashion_labels", device)
+    model, schedule = d.load_pretrained(chosen.weights, device)
     classifier, statistics = d.load_classifier()
     for w in chosen.w:
         row = f"w = {w:g}, {chosen.images} images"

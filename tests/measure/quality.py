@@ -3,7 +3,6 @@
     python tests/measure/quality.py                       measure each row that is missing; goes on where it stopped
     python tests/measure/quality.py --only "DDIM 20"      some rows
     python tests/measure/quality.py --weights FILE        another checkpoint of the same network
-    python tests/measure/quality.py --weights FILE --minutes 20   a point of the curve: its distance after 20 minutes of training
     python tests/measure/quality.py --table               print what was measured
     python tests/measure/quality.py --pictures          draw the card's pictures from the rows that are there
 
@@ -30,9 +29,7 @@ import ddpm_utils as d  # noqa: E402
 
 RESULTS = HERE / "quality.json"
 WEIGHTS = HERE.parent.parent / "notebooks" / "weights"
-BATCH = (
-    100  # images sampled together; each batch has a seed of its own, so that a killed run goes on
-)
+BATCH = 500  # images sampled together; each batch has its own seed, so that a killed run goes on
 ROWS = {  # name: (sampler, its options, how many images)
     "DDIM 10": (d.ddim_sample, {"steps": 10}, 10_000),
     "DDIM 20": (d.ddim_sample, {"steps": 20}, 10_000),
@@ -42,7 +39,6 @@ ROWS = {  # name: (sampler, its options, how many images)
     "DPM-Solver++ 20": (d.dpm_solver_sample, {"steps": 20, "clip": False}, 10_000),
     "ancestral, beta": (d.ddpm_sample, {"sigma": "beta"}, 1_000),
     "ancestral, beta_tilde": (d.ddpm_sample, {"sigma": "beta_tilde"}, 1_000),
-    "curve": (d.ddim_sample, {"steps": 50}, 1_000),
 }
 
 
@@ -50,37 +46,47 @@ def file_of(key, row):
     return d.output_path(f"quality_{key}_{row.replace(' ', '_').replace(',', '')}.pt")
 
 
-def sample(model, schedule, row, key):
-    """The row's images, uint8 (n, 1, 28, 28); written down after every batch."""
-    sampler, options, n = ROWS[row]
-    half = d.amp_dtype(schedule.betas.device)
+def quick(model):
+    """The same network in the device's fast type."""
 
     def network(xt, t):
+        half = d.amp_dtype(xt.device)
         with torch.autocast(xt.device.type, dtype=half or torch.bfloat16, enabled=half is not None):
             return model(xt, t).float()
 
+    return network
+
+
+def sample(model, schedule, row, n, seed):
+    sampler, options, _ = ROWS[row]
+    generator = torch.Generator(schedule.betas.device).manual_seed(seed)
+    with torch.no_grad():
+        x = sampler(quick(model), schedule, n, generator=generator, progress=False, **options)
+    return d.to_uint8(x).cpu()
+
+
+def sample_row(model, schedule, row, key):
+    """The row's images, uint8 (n, 1, 28, 28); written down after every batch."""
     file = file_of(key, row)
     images = list(torch.load(file, weights_only=True).split(BATCH)) if file.exists() else []
-    for batch in d.progress_bar(range(len(images), n // BATCH), row, sys.stdout.isatty()):
-        generator = torch.Generator(schedule.betas.device).manual_seed(batch)
-        with torch.no_grad():
-            x = sampler(network, schedule, BATCH, generator=generator, progress=False, **options)
-        images.append(d.to_uint8(x).cpu())
+    batches = range(len(images), ROWS[row][2] // BATCH)
+    for batch in d.progress_bar(batches, row, sys.stdout.isatty()):
+        images.append(sample(model, schedule, row, BATCH, batch))
         d._write_whole(file, lambda f: torch.save(torch.cat(images), f))
     return torch.cat(images)
 
 
 def nearest(images, training):
     """Root mean squared difference, in grey levels 0 … 255, to the nearest training image, and which one that is."""
-    size = images[0].numel()
-    all_of_them = training.flatten(1).float()
+    size, device = images[0].numel(), "cuda" if torch.cuda.is_available() else "cpu"
+    all_of_them = training.to(device).flatten(1).float()
     squares, distances, which = all_of_them.square().sum(dim=1), [], []
-    for batch in images.flatten(1).float().split(500):
+    for batch in images.to(device).flatten(1).float().split(500):
         gap = batch.square().sum(dim=1, keepdim=True) + squares - 2 * batch @ all_of_them.T
         best = gap.min(dim=1)
         which.append(best.indices)
         distances.append((batch - all_of_them[best.indices]).square().sum(dim=1).div(size).sqrt())
-    return torch.cat(distances), torch.cat(which)
+    return torch.cat(distances).cpu(), torch.cat(which).cpu()
 
 
 def measure(images, training, classifier, statistics):
@@ -108,14 +114,13 @@ def write(key, row, value):
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
 
 
-def draw(key, training, test):
-    """The card's pictures: the first samples of every row over real ones, the ten nearest to a training image, the curve."""
-    rows = [row for row in ROWS if row != "curve" and file_of(key, row).exists()]
-    first = [torch.load(file_of(key, row), weights_only=True)[:20] for row in rows]
-    d.show_images(torch.cat([*first, test[:20]]), columns=20, scale=0.5).savefig(
-        WEIGHTS / "fashion_samples.png", bbox_inches="tight"
-    )
-    print("rows of fashion_samples.png:", ", ".join([*rows, "test images"]))
+def draw(model, schedule, key, training, test):
+    """The card's pictures: samples of every row over real images, the ten that are nearest to a
+    training image, the curve of the training."""
+    rows = [sample(model, schedule, row, 20, seed=0) for row in ROWS]
+    d.show_images(torch.cat([*rows, test[:20]]), columns=20, scale=0.5).savefig(
+        WEIGHTS / "fashion_samples.png", bbox_inches="tight")
+    print("rows of fashion_samples.png:", ", ".join([*ROWS, "test images"]))
     images = torch.load(file_of(key, "DDIM 20"), weights_only=True)
     gaps, which = nearest(images, training)
     closest = gaps.argsort()[:10]
@@ -126,20 +131,14 @@ def draw(key, training, test):
         "the ten closest pairs, root mean squared difference in grey levels:",
         [round(float(g), 1) for g in gaps[closest]],
     )
-    curve = sorted(
-        (float(minutes), found["distance"]) for minutes, found in read()["curve"].items()
-    )
+    about = json.loads((HERE / "train_fashion.json").read_text())
     figure, axis = plt.subplots()
-    axis.plot(*zip(*curve), marker="o", label="samples, DDIM in 50 steps")
-    axis.axhline(
-        read()["real test images"]["1000"]["distance"],
-        color="grey",
-        linestyle="--",
-        label="real test images",
-    )
-    axis.set(
-        xlabel="minutes of training on one core", ylabel="Fréchet distance, 1,000 images", ylim=0
-    )
+    axis.plot([float(seen) for seen in about["curve"]], list(about["curve"].values()), marker="o",
+              label="samples, DDIM in 50 steps")
+    axis.axhline(read()["real test images"]["1000"]["distance"], color="grey", linestyle="--",
+                 label="real test images")
+    axis.set(xlabel="training images seen, in millions", ylabel="Fréchet distance, 1,000 images",
+             ylim=0)
     axis.legend()
     figure.savefig(WEIGHTS / "fashion_curve.png", bbox_inches="tight")
 
@@ -149,9 +148,6 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--weights", type=pathlib.Path, default=WEIGHTS / "fashion.pt")
-    parser.add_argument(
-        "--minutes", type=float, help="how long the weights were trained: adds a point to the curve"
-    )
     parser.add_argument(
         "--only", nargs="*", default=list(ROWS), choices=list(ROWS), help="names of rows"
     )
@@ -171,10 +167,10 @@ def main():
     if training.is_stand_in:
         sys.exit("The measures need Fashion-MNIST.")
     device = d.set_up()
-    if chosen.pictures:
-        draw(key, training.images, test.images)
-        return
     model, schedule = d.load_pretrained(chosen.weights, device)
+    if chosen.pictures:
+        draw(model, schedule, key, training.images, test.images)
+        return
     classifier, statistics = d.load_classifier()
     for n in (1_000, 10_000):  # the floors: real images against real ones; at 1,000 the mean of ten
         if str(n) not in read().get("real test images", {}):
@@ -188,22 +184,12 @@ def main():
                 what: round(sum(part[what] for part in parts) / len(parts), 4) for what in parts[0]
             }
             write("real test images", str(n), {**mean, "images": n})
-    for row in (
-        ["curve"] if chosen.minutes is not None else [row for row in chosen.only if row != "curve"]
-    ):
-        place = (key, row) if row != "curve" else ("curve", f"{chosen.minutes:g}")
-        if place[1] not in read().get(place[0], {}):
+    for row in chosen.only:
+        if row not in read().get(key, {}):
             start = time.perf_counter()
-            write(
-                *place,
-                measure(sample(model, schedule, row, key), training.images, classifier, statistics),
-            )
-            print(
-                *place,
-                read()[place[0]][place[1]],
-                f"{time.perf_counter() - start:.0f} s",
-                flush=True,
-            )
+            images = sample_row(model, schedule, row, key)
+            write(key, row, measure(images, training.images, classifier, statistics))
+            print(key, row, read()[key][row], f"{time.perf_counter() - start:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

@@ -3,12 +3,10 @@
 import contextlib
 import http.server
 import os
-import random
 import threading
 
 import matplotlib
 import matplotlib.pyplot as plt
-import numpy as np
 import pytest
 import torch
 import torchvision
@@ -26,8 +24,6 @@ def offline_and_seeded(monkeypatch):
     monkeypatch.setattr(torchvision.datasets.FashionMNIST, "mirrors", [nowhere])
     monkeypatch.setenv("DDPM_URL", nowhere)
     monkeypatch.setenv("no_proxy", "*")  # a proxy would be between a test and its own server
-    random.seed(0)
-    np.random.seed(0)
     torch.manual_seed(0)
     yield
     plt.close("all")
@@ -43,14 +39,12 @@ def one_thread():
 
 
 @pytest.fixture
-def serve():
+def serve(request):
     """serve(answer) starts a local server whose every GET is answered by answer(request).
 
     The server has `.url`, the paths that were `.asked` for, and `.ending`, an event that is set
     when the test is over.
     """
-    servers, ending = [], threading.Event()
-
     def start(answer):
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_GET(self):
@@ -58,24 +52,20 @@ def serve():
                 with contextlib.suppress(OSError):  # whoever asked may have gone
                     answer(self)
 
-            def do_HEAD(self):
-                self.do_GET()
+            do_HEAD = do_GET
 
             def log_message(self, *text):
                 pass
 
         server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        server.daemon_threads, server.asked, server.ending = True, [], ending
+        server.daemon_threads, server.asked, server.ending = True, [], threading.Event()
         server.url = f"http://127.0.0.1:{server.server_address[1]}"
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-        servers.append(server)
+        for end in (server.server_close, server.shutdown, server.ending.set):
+            request.addfinalizer(end)  # the last of them is called first
         return server
 
-    yield start
-    ending.set()
-    for server in servers:
-        server.shutdown()
-        server.server_close()
+    return start
 
 
 def send(request, data, length=None):

@@ -3,17 +3,13 @@
 import ast
 import functools
 import json
-import math
+import os
 import pathlib
 import subprocess
 import sys
-import textwrap
 
-import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import nn
 
 import ddpm_utils as d
 
@@ -22,12 +18,9 @@ NOTEBOOKS = ROOT / "notebooks"
 PATHS = sorted(NOTEBOOKS.glob("*.ipynb"))
 WEIGHTS = NOTEBOOKS / "weights"
 SCHEDULE = d.linear_schedule(50)
-SAMPLERS = {
-    "ddpm": (d.ddpm_sample, {}),
-    "ddim": (d.ddim_sample, {"steps": 5}),
-    "ddim, eta 1": (d.ddim_sample, {"steps": 5, "eta": 1.0}),
-    "dpm": (d.dpm_solver_sample, {"steps": 5}),
-}
+SAMPLERS = {"ddpm": (d.ddpm_sample, {}), "ddim": (d.ddim_sample, {"steps": 5}),
+            "ddim, eta 1": (d.ddim_sample, {"steps": 5, "eta": 1.0}),
+            "dpm": (d.dpm_solver_sample, {"steps": 5})}
 
 each_notebook = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
 
@@ -70,20 +63,17 @@ def defined_in(number, *wanted):
     """A namespace with the functions, classes and constants called wanted, out of a notebook."""
     path = next(NOTEBOOKS.glob(f"{number}_*.ipynb"))
     space = {name: value for name, value in vars(d).items() if name[0] != "_"}
-    space |= {"math": math, "torch": torch, "np": np, "F": F, "nn": nn,
-              "device": torch.device("cpu")}
+    space["device"] = torch.device("cpu")
     for cell in code_cells(path):
         if any(tag.startswith(("exercise", "check", "setup")) for tag in cell["tags"]):
             continue
         for node in ast.parse(cell["source"]).body:
-            targets = [leaf for target in getattr(node, "targets", []) for leaf in ast.walk(target)]
-            names = {leaf.id for leaf in targets if isinstance(leaf, ast.Name)}
-            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-                names = {node.name}
+            names = {getattr(node, "name", None)}  # of a function or a class
+            for target in getattr(node, "targets", []):
+                names |= {leaf.id for leaf in ast.walk(target) if isinstance(leaf, ast.Name)}
             if names & set(wanted):
                 exec(compile(ast.Module([node], []), path.name, "exec"), space)
-    missing = set(wanted) - set(space)
-    assert not missing, f"{path.name} defines no {missing}"
+    assert set(wanted) <= set(space), f"{path.name} doesn't define all of {wanted}"
     return space
 
 
@@ -113,57 +103,50 @@ def some_images(n=32, seed=2):
     return torch.randint(0, 256, (n, 1, 8, 8), dtype=torch.uint8, generator=r)
 
 
-def run(steps=12, model=None, images=None, **options):
+def run(steps=12, model=None, images=None, schedule=SCHEDULE, **options):
     """A training of a second: (model, losses)."""
-    model = model or small_unet()
+    model, images = model or small_unet(), some_images() if images is None else images
     options = {"batch_size": 4, "warmup": 3, "progress": False, **options}
-    images = some_images() if images is None else images
-    return model, d.train(model, SCHEDULE, images, steps, **options)
+    return model, d.train(model, schedule, images, steps, **options)
 
 
 def same_weights(one, other):
-    pairs = zip(one.state_dict().values(), other.state_dict().values())
-    return all(torch.equal(a, b) for a, b in pairs)
+    return all(map(torch.equal, one.state_dict().values(), other.state_dict().values()))
 
 
 class Stop(Exception):
     """What a callback raises where a test wants a run to end in the middle."""
 
 
-def stop_at(step):
+def stop_at(step, how=Stop):
     def callback(now):
         if now == step:
-            raise Stop
+            raise how
 
     return callback
 
 
-def unfinished(file, **options):
+def unfinished(file):
     """A run of 12 steps that was stopped at step 4, in file."""
-    model = options.pop("model", None) or small_unet()
     with pytest.raises(Stop):
-        run(12, model, checkpoint=file, checkpoint_every=4, callback=stop_at(4), callback_every=4,
-            **options)
+        run(checkpoint=file, checkpoint_every=4, callback=stop_at(4), callback_every=4)
     return file
 
 
 CHILD = """
-    import sys
-    sys.path[:0] = {paths!r}
-    from series import d, run, small_unet, torch
-    torch.set_num_threads(1)
-    model = small_unet()
-    run(2000, model, ema=d.EMA(model, 0.9), checkpoint={file!r}, checkpoint_every=1,
-        callback=lambda step: print(step, flush=True), callback_every=1)
+from series import d, run, small_unet, sys, torch
+torch.set_num_threads(1)
+model = small_unet()
+run(2000, model, ema=d.EMA(model, 0.9), checkpoint=sys.argv[1], checkpoint_every=1,
+    callback=lambda step: print(step, flush=True), callback_every=1)
 """
 
 
 def kill_a_run(file, after):
     """Starts a training in a process of its own and kills it when it has done `after` steps."""
-    code = textwrap.dedent(CHILD.format(paths=[str(ROOT), str(ROOT / "tests")], file=str(file)))
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as child:
+    paths = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen([sys.executable, "-c", CHILD, file], env=paths, stdout=subprocess.PIPE,
+                          text=True) as child:
         for line in child.stdout:
-            if line.strip().isdigit() and int(line) == after:
+            if line == f"{after}\n":
                 child.kill()
-                break
-        child.wait()

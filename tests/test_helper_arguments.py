@@ -33,6 +33,7 @@ CASES = [  # the call that lacks one argument, that argument, words of the messa
     (d.to_uint8, "x", r"x must be floats in \[-1, 1\]; got torch", [BYTES, X.long()]),
     (d.show_images, "images", r"images must be \(N, 1, H, W\) or", [X[:, 0], TWO_PLANES]),
     (partial(d.show_images, BYTES), "titles", "titles must hold one text", [["a"], ["a"] * 5]),
+    (partial(d.show_images, BYTES, columns=2), "rows", "must hold 2 names", [["a"], ["a"] * 3]),
     (partial(d.save_gif, path="a.gif"), "frames", r"frames must be \(F, ", [TWO_PLANES, X[0, 0]]),
     (d.NoiseSchedule, "betas", "betas must be T numbers between 0 and 1; got",
      [[], [0.1, 0.0], [0.1, 1.0], [[0.1]], [float("nan")]]),

@@ -1,24 +1,25 @@
 """Where the data comes from, and what happens where it can't be had. Servers are local ones."""
 
+import functools
 import gzip
 import hashlib
+import multiprocessing
 import os
 import pathlib
 import random
 import shutil
 import socket
-import struct
 import time
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-import torchvision
 from conftest import send
+from PIL import Image
 from series import ROOT, everything_in
 
 import ddpm_utils as d
-from ddpm_utils import load_fashion_mnist
 
 NAMES = list(d.MD5)
 RAW = pathlib.Path("FashionMNIST", "raw")
@@ -26,7 +27,7 @@ RAW = pathlib.Path("FashionMNIST", "raw")
 
 def idx_file(array):
     """Fashion-MNIST's format: two zeros, the type (8: uint8), the dimensions, then the bytes."""
-    head = struct.pack(">HBB", 0, 8, array.ndim) + struct.pack(f">{array.ndim}I", *array.shape)
+    head = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
     return head + array.astype(np.uint8).tobytes()
 
 
@@ -38,12 +39,12 @@ def files(monkeypatch):
     for part, n in (("train", 30), ("t10k", 20)):
         made[f"{part}-images-idx3-ubyte"] = idx_file(r.integers(0, 256, (n, 28, 28)))
         made[f"{part}-labels-idx1-ubyte"] = idx_file(np.arange(n) % 10)
-    packed = {f"{name}.gz": gzip.compress(data) for name, data in made.items()}
-    md5 = {name: hashlib.md5(data).hexdigest() for name, data in {**made, **packed}.items()}
+    made |= {f"{name}.gz": gzip.compress(data) for name, data in made.items()}
+    md5 = {name: hashlib.md5(data).hexdigest() for name, data in made.items()}
     monkeypatch.setattr(d, "MD5", {name: md5[name] for name in NAMES})
     resources = [(f"{name}.gz", md5[f"{name}.gz"]) for name in NAMES]
-    monkeypatch.setattr(torchvision.datasets.FashionMNIST, "resources", resources)
-    return made | packed
+    monkeypatch.setattr("torchvision.datasets.FashionMNIST.resources", resources)
+    return made
 
 
 @pytest.fixture(autouse=True)
@@ -54,13 +55,12 @@ def no_folder_of_this_machine(monkeypatch, tmp_path):
 
 
 @pytest.fixture
-def mirror(serve, monkeypatch):
-    """mirror(answer) starts a server that torchvision takes for Fashion-MNIST's."""
-    def start(answer):
-        server = serve(answer)
-        monkeypatch.setattr(torchvision.datasets.FashionMNIST, "mirrors", [server.url + "/"])
-        return server
-    return start
+def server(serve, monkeypatch, files):
+    """What torchvision takes for Fashion-MNIST's server. A test may change how it answers."""
+    server = serve(lambda request: server.answer(request))
+    server.answer = lambda request: send(request, files[request.path.lstrip("/")])
+    monkeypatch.setattr("torchvision.datasets.FashionMNIST.mirrors", [server.url + "/"])
+    return server
 
 
 def put(folder, files, names=NAMES):
@@ -70,138 +70,115 @@ def put(folder, files, names=NAMES):
     return folder
 
 
-def whole(files):
-    """What the data folder holds when all is well, and nothing beside it."""
-    return {str(RAW / name): files[name] for name in NAMES}
+def assert_form(data, n, source):
+    assert isinstance(data, d.ImageSet) and len(data) == n and data.source == source
+    assert data.is_stand_in == (source != "Fashion-MNIST")
+    assert data.images.shape == (n, 1, 28, 28) and data.images.dtype == torch.uint8
+    assert data.labels.bincount().tolist() == [n // 10] * 10 and data.labels.dtype == torch.int64
+    assert len(data.labels[:100].unique()) == 10  # mixed, not sorted
+    assert data.classes == d.CLASSES and len(data.classes) == 10
 
 
-def sender(files):
-    return lambda request: send(request, files[request.path.lstrip("/")])
-
-
-def same_pixels(data, files, part):
-    return data.images.numpy().tobytes() == files[f"{part}-images-idx3-ubyte"][16:]
-
-
-def assert_stand_in(data, folder, before=None):
-    """The stand-in came, said so, and nothing was left in the folder or changed there."""
-    assert data.is_stand_in and "stand-in" in data.source
-    assert data.images.shape[1:] == (1, 28, 28)
-    assert (everything_in(folder) if folder.exists() else {}) == (before or {})
+def assert_real(files, folder, split="test"):
+    """The real images come; the folder holds the four files whole, and what else it held before."""
+    before, data = everything_in(folder), d.load_fashion_mnist(split, folder)
+    part, n = ("train", 30) if split == "train" else ("t10k", 20)
+    assert_form(data, n, "Fashion-MNIST")
+    assert data.images.numpy().tobytes() == files[f"{part}-images-idx3-ubyte"][16:]
+    assert data.labels.tolist() == [i % 10 for i in range(n)]
+    assert everything_in(folder) == before | {str(RAW / name): files[name] for name in NAMES}
     assert not list(folder.glob(".new*"))
+
+
+def assert_stand_in(capsys, folder, *words, split="test"):
+    """The stand-in comes, says so and why, and nothing is left in the folder or changed there."""
+    before, timeout = everything_in(folder), socket.getdefaulttimeout()
+    data = d.load_fashion_mnist(split, folder)
+    out, err = capsys.readouterr()
+    assert_form(data, 12_000 if split == "train" else 2_000, "stand-in, drawn by code")
+    for text in ("Fashion-MNIST is not available: using a drawn stand-in", *words):
+        assert text in out
+    assert "Traceback" not in out + err
+    assert everything_in(folder) == before and not list(folder.glob(".new*"))
+    assert socket.getdefaulttimeout() == timeout
 
 
 # ------------------------------------------------------------------ which folder
 
-def test_the_argument_goes_first_then_the_variable_then_the_folder_beside_the_helper(
-        files, tmp_path, monkeypatch):
-    """A relative one is meant from the helper, wherever the kernel runs; a tilde is the home."""
-    places = ["argument", "variable", "helper/data", "helper/mine", "home"]
-    for shift, place in enumerate(places):  # told apart by their first label
-        labels = idx_file((np.arange(20) + shift) % 10)
-        put(tmp_path / place, {**files, "t10k-labels-idx1-ubyte": labels})
-    monkeypatch.setattr(d, "_bad_files", lambda folder: [])  # five files of labels, one MD5
-    for variable in ("HOME", "USERPROFILE"):
-        monkeypatch.setenv(variable, str(tmp_path))
+@pytest.mark.parametrize("root, variable, place", [
+    (None, None, "helper/data"), (None, "", "helper/data"), (None, "mine", "helper/mine"),
+    (None, "~/variable", "variable"), ("~/argument", "~/variable", "argument")])
+def test_which_folder_is_taken(server, tmp_path, monkeypatch, root, variable, place):
+    """The argument goes first, then the variable, then the folder beside the helper. A relative one
+    is meant from the helper, wherever the kernel runs; a tilde is the home."""
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, str(tmp_path))
+    if variable is not None:
+        monkeypatch.setenv("DDPM_DATA", variable)
     monkeypatch.chdir(tmp_path)
-
-    def found(root=None, variable=None):
-        if variable is not None:
-            monkeypatch.setenv("DDPM_DATA", variable)
-        return places[int(load_fashion_mnist("test", root=root).labels[0])]
-
-    assert found() == "helper/data"
-    assert found(variable=str(tmp_path / "variable")) == "variable"
-    assert found(tmp_path / "argument") == found(str(tmp_path / "argument")) == "argument"
-    assert found(variable="") == "helper/data" and found(variable="mine") == "helper/mine"
-    assert found("~/home") == "home"
+    assert d.load_fashion_mnist("test", root).source == "Fashion-MNIST"
+    assert set(tmp_path.rglob("*-ubyte")) == {tmp_path / place / RAW / name for name in NAMES}
 
 
-def test_good_files_are_read_without_a_word_and_without_network(files, tmp_path, mirror, capsys):
-    server = mirror(lambda request: request.send_error(500))
-    put(tmp_path, files)
-    for split, part, n in (("train", "train", 30), ("test", "t10k", 20)):
-        data = load_fashion_mnist(split, tmp_path)
-        assert data.source == "Fashion-MNIST" and not data.is_stand_in and len(data) == n
-        assert data.images.dtype == torch.uint8 and data.images.shape == (n, 1, 28, 28)
-        assert data.labels.dtype == torch.int64
-        assert data.labels.tolist() == [i % 10 for i in range(n)]
-        assert data.classes == d.CLASSES and len(data.classes) == 10
-        assert same_pixels(data, files, part)
-    assert server.asked == [] and capsys.readouterr() == ("", "")
-
-
-def test_downloads_can_be_forbidden(tmp_path, mirror, monkeypatch, capsys):
-    server = mirror(lambda request: request.send_error(500))
+def test_downloads_can_be_forbidden(server, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("DDPM_DOWNLOAD", "0")
-    assert_stand_in(load_fashion_mnist("test", tmp_path / "new"), tmp_path / "new")
+    assert_stand_in(capsys, tmp_path / "new", "DDPM_DOWNLOAD=0")
     assert not (tmp_path / "new").exists() and server.asked == []
-    assert "DDPM_DOWNLOAD=0" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------ a good server
 
-def test_the_download(files, tmp_path, mirror, capsys):
-    server, folder = mirror(sender(files)), tmp_path / "new" / "folder"
-    data = load_fashion_mnist("train", folder)
-    assert data.source == "Fashion-MNIST" and len(data) == 30 and same_pixels(data, files, "train")
-    assert everything_in(folder) == whole(files)
-    assert "downloading" in capsys.readouterr().out
-    asked = len(server.asked)
-    assert load_fashion_mnist("test", folder).source == "Fashion-MNIST"
-    assert len(server.asked) == asked  # the second time nothing is fetched
+def test_a_download_and_then_neither_network_nor_words(files, server, tmp_path, capsys):
+    folder = tmp_path / "new" / "folder"
+    assert_real(files, folder)
+    assert server.asked and "downloading" in capsys.readouterr().out
+    server.asked.clear()
+    for split in ("train", "test"):
+        assert_real(files, folder, split)
+    assert server.asked == [] and capsys.readouterr() == ("", "")
 
 
-def test_a_slow_download_that_progresses_goes_on(files, tmp_path, mirror, monkeypatch):
+def test_a_slow_download_that_progresses_goes_on(files, server, tmp_path, monkeypatch):
     monkeypatch.setattr(d, "WAIT", 2)
 
-    def slowly(request):
+    def slowly(request):  # the largest file in 12 pieces and 2.4 seconds, more than WAIT
         data = files[request.path.lstrip("/")]
         send(request, b"", len(data))
-        pieces = 12 if "train-images" in request.path else 1  # 3 seconds in all, more than WAIT
-        for i in range(pieces):
-            request.wfile.write(data[i * len(data) // pieces:(i + 1) * len(data) // pieces])
-            request.wfile.flush()
-            time.sleep(0.25 if pieces > 1 else 0)
+        for i in range(0, len(data), 2000):
+            request.wfile.write(data[i:i + 2000])
+            time.sleep(0.2)
 
-    mirror(slowly)
-    assert load_fashion_mnist("train", tmp_path).source == "Fashion-MNIST"
+    server.answer = slowly
+    assert_real(files, tmp_path)
 
 
 DAMAGES = {
-    "truncated": lambda data: data[: len(data) // 2],
+    "half of it": lambda data: data[: len(data) // 2],
+    "an image short": lambda data: data[:-784],
     "empty": lambda data: b"",
     "one bit turned": lambda data: data[:20] + bytes([data[20] ^ 1]) + data[21:],
     "too long": lambda data: data + b"\0",
     "a web page": lambda data: b"<html>Please log in</html>"}
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_file_is_named_never_used_and_replaced(files, tmp_path, mirror, capsys, damage):
-    for name, split, part in ((NAMES[2], "test", "t10k"), (NAMES[0], "train", "train")):
-        folder = put(tmp_path / split, {**files, name: DAMAGES[damage](files[name])})
-        before = everything_in(folder)
-        assert_stand_in(load_fashion_mnist(split, folder), folder, before)
-        out = capsys.readouterr().out
-        assert "damaged" in out and name in out and "stand-in" in out
-    mirror(sender(files))  # from here on the server answers
-    data = load_fashion_mnist("train", folder)
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_file_is_named_never_used_and_replaced(files, server, tmp_path, capsys, damage):
+    good, server.answer = server.answer, FAILURES["503"]
+    for name, split in ((NAMES[2], "test"), (NAMES[0], "train")):
+        folder = put(tmp_path / split, {**files, name: damage(files[name])})
+        assert_stand_in(capsys, folder, "damaged", name, split=split)
+    server.answer = good
+    assert_real(files, folder, "train")
     out = capsys.readouterr().out
     assert "damaged" in out and name in out
-    assert data.source == "Fashion-MNIST" and same_pixels(data, files, part)
-    assert everything_in(folder) == whole(files)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_missing_or_half_downloaded_file_is_fetched(files, tmp_path, mirror, name):
+def test_a_missing_or_half_downloaded_file_is_fetched(files, server, tmp_path, name):
     """Half: what an interrupted download of torchvision's own leaves, packed and unpacked."""
-    mirror(sender(files))
-    put(tmp_path, files, [n for n in NAMES if n != name])
-    assert load_fashion_mnist("test", tmp_path).source == "Fashion-MNIST"
-    assert everything_in(tmp_path) == whole(files)
-    put(tmp_path, {n: data[:1000] for n, data in files.items()}, [name, f"{name}.gz"])
-    assert load_fashion_mnist("test", tmp_path).source == "Fashion-MNIST"
-    assert whole(files).items() <= everything_in(tmp_path).items()
+    assert_real(files, put(tmp_path, files, [n for n in NAMES if n != name]))
+    half = {n: data[:1000] for n, data in files.items()}
+    assert_real(files, put(tmp_path, half, [name, f"{name}.gz"]))
 
 
 # ------------------------------------------------------------------ servers that fail
@@ -209,193 +186,132 @@ def test_a_missing_or_half_downloaded_file_is_fetched(files, tmp_path, mirror, n
 LOG_IN = b"<html><form>Your room number, please</form></html>"
 
 
+def reply(request, status, header, value, data=b""):
+    request.send_response(status)
+    request.send_header(header, value)
+    request.end_headers()
+    request.wfile.write(data)
+
+
 def hang_half_way(request):
     send(request, b"\x1f\x8b" + bytes(500), 10_000)
-    request.wfile.flush()
     request.server.ending.wait(60)
 
 
-def half_a_file_in_chunks(request):
-    request.send_response(200)
-    request.send_header("Transfer-Encoding", "chunked")
-    request.end_headers()
-    request.wfile.write(b"ff\r\n" + bytes(100))
-
-
-def send_on(request, place):
-    request.send_response(302)
-    request.send_header("Location", place)
-    request.end_headers()
-
-
 FAILURES = {
-    "404": lambda request: request.send_error(404),
-    "503": lambda request: request.send_error(503),
-    "login page": lambda request: send(request, LOG_IN),
-    "sent to a login page": lambda request: (
-        send(request, LOG_IN) if request.path == "/login" else send_on(request, "/login")),
-    "sent round and round": lambda request: send_on(request, request.path + "x"),
-    "sent to nowhere": lambda request: send_on(request, "http://["),
-    "half a file": lambda request: send(request, b"\x1f\x8b" + bytes(500), 10_000),
-    "half a file in chunks": half_a_file_in_chunks,
-    "empty file": lambda request: send(request, b""),
-    "no http": lambda request: request.wfile.write(b"SSH-2.0-OpenSSH_9.6\r\n"),
-    "closes": lambda request: None}
+    "404": lambda r: r.send_error(404), "503": lambda r: r.send_error(503),
+    "login page": lambda r: send(r, LOG_IN),
+    "sent to a login page": lambda r: (
+        send(r, LOG_IN) if r.path == "/login" else reply(r, 302, "Location", "/login")),
+    "sent round and round": lambda r: reply(r, 302, "Location", r.path + "x"),
+    "sent to nowhere": lambda r: reply(r, 302, "Location", "http://["),
+    "half a file": lambda r: send(r, b"\x1f\x8b" + bytes(500), 10_000),
+    "half a file in chunks": lambda r: reply(r, 200, "Transfer-Encoding", "chunked", b"ff\r\n00"),
+    "empty file": lambda r: send(r, b""),
+    "no http": lambda r: r.wfile.write(b"SSH-2.0-OpenSSH_9.6\r\n"),
+    "closes": lambda r: None,
+    "sends nothing": lambda r: r.server.ending.wait(60), "hangs half way": hang_half_way}
 
 
-@pytest.mark.parametrize("failure", FAILURES)
+@pytest.mark.parametrize("failure", FAILURES.values(), ids=FAILURES)
 @pytest.mark.parametrize("good_before", [0, 3], ids=["at once", "at the last file"])
-def test_a_server_that_fails(files, tmp_path, mirror, capsys, failure, good_before):
+def test_a_server_that_fails(server, tmp_path, monkeypatch, capsys, failure, good_before):
     """Also one that gives three good files first: four or none are kept."""
-    def answer(request):
-        good = [f"/{name}.gz" for name in NAMES[:good_before]]
-        (sender(files) if request.path in good else FAILURES[failure])(request)
-
-    server, timeout = mirror(answer), socket.getdefaulttimeout()
-    assert_stand_in(load_fashion_mnist("test", tmp_path), tmp_path)
-    assert server.asked and socket.getdefaulttimeout() == timeout
-    out, err = capsys.readouterr()
-    assert [line for line in out.splitlines() if "not available" in line and "stand-in" in line]
-    assert "Traceback" not in out + err
-
-
-@pytest.mark.parametrize("answer", [lambda r: r.server.ending.wait(60), hang_half_way])
-def test_a_server_that_sends_nothing_is_given_up(
-        files, tmp_path, mirror, monkeypatch, capsys, answer):
+    paths, good = [f"/{name}.gz" for name in NAMES[:good_before]], server.answer
+    server.answer = lambda request: (good if request.path in paths else failure)(request)
     monkeypatch.setattr(d, "WAIT", 1)
-    mirror(answer)
     start = time.monotonic()
-    data = load_fashion_mnist("test", tmp_path)
-    assert time.monotonic() - start < 20  # far from the 60 seconds for which the server hangs
-    assert_stand_in(data, tmp_path)
-    assert "stand-in" in capsys.readouterr().out
+    assert_stand_in(capsys, tmp_path)
+    # far from the 60 seconds for which a server hangs
+    assert server.asked and time.monotonic() - start < 20
 
 
-@pytest.mark.parametrize("trouble", ["refuses", "unknown name", "full disk", "other files"])
+@pytest.mark.parametrize("why, place, value", [
+    ("refused", "torchvision.datasets.FashionMNIST.mirrors", ["http://127.0.0.1:9/"]),
+    ("Name not known", "socket.getaddrinfo",
+     mock.Mock(side_effect=socket.gaierror(-2, "Name not known"))),
+    ("No space left", "torchvision.datasets.FashionMNIST.download",
+     mock.Mock(side_effect=OSError(28, "No space left on device"))),
+    ("not Fashion", "ddpm_utils.MD5", dict.fromkeys(NAMES, "0" * 32))])  # torchvision takes them
 def test_no_server_or_no_room_or_other_files(
-        files, tmp_path, monkeypatch, mirror, capsys, trouble):
-    def fail(*args, **options):
-        raise socket.gaierror(-2, "Name not known") if trouble == "unknown name" else OSError(
-            28, "No space left on device")
-
-    before = everything_in(put(tmp_path, files, NAMES[:2]))
-    with socket.socket() as closed:  # bound and never listening
-        closed.bind(("127.0.0.1", 0))
-        mirrors = [f"http://127.0.0.1:{closed.getsockname()[1]}/"]
-        monkeypatch.setattr(torchvision.datasets.FashionMNIST, "mirrors", mirrors)
-        if trouble == "unknown name":
-            monkeypatch.setattr(socket, "getaddrinfo", fail)
-        elif trouble == "full disk":
-            monkeypatch.setattr(torchvision.datasets.FashionMNIST, "download", fail)
-        elif trouble == "other files":  # torchvision takes them
-            mirror(sender(files))
-            monkeypatch.setattr(d, "MD5", dict.fromkeys(NAMES, "0" * 32))
-        assert_stand_in(load_fashion_mnist("test", tmp_path), tmp_path, before)
-    why = {"full disk": "No space left", "unknown name": "Name", "other files": "not Fashion"}
-    out = capsys.readouterr().out
-    assert "stand-in" in out and why.get(trouble, "refused") in out
+        files, server, tmp_path, monkeypatch, capsys, why, place, value):
+    monkeypatch.setattr(place, value)
+    assert_stand_in(capsys, put(tmp_path, files, NAMES[:2]), why)
 
 
 def test_a_folder_that_cannot_be_made(tmp_path, capsys):
     (tmp_path / "file").write_text("not a folder")
-    data = load_fashion_mnist("test", tmp_path / "file" / "data")
-    assert data.is_stand_in and "stand-in" in capsys.readouterr().out
+    assert_stand_in(capsys, tmp_path / "file" / "data")
 
 
-def test_a_stopped_download_leaves_nothing(files, tmp_path, monkeypatch):
-    def stopped(self):
-        pathlib.Path(self.raw_folder).mkdir(parents=True)
-        (pathlib.Path(self.raw_folder) / NAMES[0]).write_bytes(files[NAMES[0]][:100])
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(torchvision.datasets.FashionMNIST, "download", stopped)
+def test_a_stopped_download_leaves_nothing(server, tmp_path, monkeypatch):
+    stop = mock.Mock(side_effect=KeyboardInterrupt)  # after the first file has come
+    monkeypatch.setattr("torchvision.datasets.utils.extract_archive", stop)
     timeout = socket.getdefaulttimeout()
     with pytest.raises(KeyboardInterrupt):
-        load_fashion_mnist("train", tmp_path)
+        d.load_fashion_mnist("train", tmp_path)
     assert list(tmp_path.iterdir()) == [] and socket.getdefaulttimeout() == timeout
 
 
+def source(folder):
+    return d.load_fashion_mnist("train", folder).source
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_two_that_download_at_once(files, mirror, tmp_path):
-    together = []
+def test_two_that_download_at_once(files, server, tmp_path):
+    good = server.answer
 
     def answer(request):  # nobody is answered before both have asked
-        together.append(request.path)
-        deadline = time.monotonic() + 10
-        while len(together) < 2 and time.monotonic() < deadline:
+        while len(server.asked) < 2 and not server.ending.is_set():
             time.sleep(0.01)
-        sender(files)(request)
+        good(request)
 
-    mirror(answer)
-    children = [os.fork(), 0]
-    if children[0]:
-        children[1] = os.fork()
-    if 0 in children:  # one of the two
-        code = 1
-        try:
-            found = load_fashion_mnist("train", tmp_path / "data")
-            code = 0 if found.source == "Fashion-MNIST" else 2
-        finally:
-            os._exit(code)
-    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0]
-    assert len([path for path in together if path.endswith("train-images-idx3-ubyte.gz")]) >= 2
-    assert everything_in(tmp_path / "data") == whole(files)
-    assert not list((tmp_path / "data").glob(".new*"))
+    server.answer = answer
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        found = pool.map_async(source, [tmp_path / "data"] * 2, chunksize=1).get(timeout=60)
+    assert found == ["Fashion-MNIST"] * 2
+    assert server.asked.count("/train-images-idx3-ubyte.gz") >= 2
+    assert_real(files, tmp_path / "data")
 
 
 # ------------------------------------------------------------------ the stand-in
 
-@pytest.fixture(scope="module")
-def drawn():
-    return {split: d._draw_stand_in(split) for split in ("train", "test")}
+drawn = functools.cache(d._draw_stand_in)
 
 
-def test_form_of_the_stand_in(drawn):
-    for split, n in (("train", 12_000), ("test", 2_000)):
-        data = drawn[split]
-        assert isinstance(data, d.ImageSet) and len(data) == n
-        assert data.images.shape == (n, 1, 28, 28) and data.images.dtype == torch.uint8
-        assert data.labels.shape == (n,) and data.labels.dtype == torch.int64
-        assert data.classes == d.CLASSES and "stand-in" in data.source and data.is_stand_in
-        assert torch.bincount(data.labels, minlength=10).tolist() == [n // 10] * 10
-        assert len(data.labels[:100].unique()) == 10  # mixed, not sorted
+def test_the_stand_in_is_varied():
+    images, labels = drawn("train").images, drawn("train").labels
+    different = {image.tobytes() for image in images.numpy()}
+    assert len(different) > 11_900
+    # no test image learned
+    assert sum(image.tobytes() in different for image in drawn("test").images.numpy()) < 20
+    ink = (images[:, 0] > 40).float()
+    size, shade = ink.sum(dim=(1, 2)), images.amax(dim=(1, 2, 3))
+    centres = [(ink.sum(dim=across) * torch.arange(28)).sum(dim=1) / size for across in (1, 2)]
+    features = torch.stack([size, shade, *centres], dim=1)  # each of them must vary in each kind
+    for own in (labels == kind for kind in range(10)):
+        assert (features[own].std(dim=0) > torch.tensor([15, 20, 0.3, 0.3])).all()
+        assert 0.08 < ink[own].mean() < 0.8, "neither empty nor a block"
+        assert (images[own] == 0).any(dim=0).float().mean() > 0.2
 
 
-def test_the_stand_in_is_varied(drawn):
-    images, labels = drawn["train"].images.float(), drawn["train"].labels
-    assert len(np.unique(drawn["train"].images.numpy().reshape(12_000, -1), axis=0)) > 11_900
-    for kind in range(10):
-        own = images[labels == kind][:, 0]
-        ink = (own > 40).float()
-        assert ink.sum(dim=(1, 2)).std() > 15, "size"
-        assert own.amax(dim=(1, 2)).std() > 20, "shade"
-        for across in (1, 2):
-            centre = (ink.sum(dim=across) * torch.arange(28)).sum(dim=1) / ink.sum(dim=(1, 2))
-            assert centre.std() > 0.3, "position"
-        assert 0.08 < ink.mean() < 0.8, "neither empty nor a block"
-        assert (own == 0).any(dim=0).float().mean() > 0.2
-
-
-def test_the_kinds_of_the_stand_in_differ(drawn):
+def test_the_kinds_of_the_stand_in_differ():
     """The nearest mean silhouette names the kind of unseen images much more often than chance."""
-    x, y = ((drawn[split].images.flatten(1) > 40).float() for split in ("train", "test"))
-    means = torch.stack([x[drawn["train"].labels == kind].mean(dim=0) for kind in range(10)])
+    x, y = ((drawn(split).images.flatten(1) > 40).float() for split in ("train", "test"))
+    means = torch.stack([x[drawn("train").labels == kind].mean(dim=0) for kind in range(10)])
     named = torch.cdist(y, means).argmin(dim=1)
-    assert (named == drawn["test"].labels).float().mean() > 0.5
+    assert (named == drawn("test").labels).float().mean() > 0.5
 
 
-def test_the_stand_in_is_always_the_same_and_disturbs_no_random_numbers(drawn):
+def test_the_stand_in_is_always_the_same_and_disturbs_no_random_numbers():
     state = random.getstate(), torch.get_rng_state(), np.random.get_state()[1].copy()
     start = time.process_time()
     again = d._draw_stand_in("test")
     assert time.process_time() - start < 10  # far less on an idle machine
-    assert torch.equal(again.images, drawn["test"].images)
-    assert torch.equal(again.labels, drawn["test"].labels)
+    assert torch.equal(again.images, drawn("test").images)
+    assert torch.equal(again.labels, drawn("test").labels)
     assert random.getstate() == state[0] and torch.equal(torch.get_rng_state(), state[1])
     assert (np.random.get_state()[1] == state[2]).all()
-    train = {image.tobytes() for image in drawn["train"].images.numpy()}
-    # no test image learned
-    assert sum(image.tobytes() in train for image in drawn["test"].images.numpy()) < 20
 
 
 # ------------------------------------------------------------------ the real data, where it is
@@ -404,16 +320,40 @@ REAL = pathlib.Path(os.environ.get("DDPM_DATA") or ROOT / "data")
 
 
 @pytest.mark.skipif(not (REAL / RAW / NAMES[0]).is_file(), reason="Fashion-MNIST is not here")
-def test_the_real_data(tmp_path, capsys):
-    train, test = load_fashion_mnist("train", REAL), load_fashion_mnist("test", REAL)
-    assert train.images.shape == (60_000, 1, 28, 28) and test.images.shape == (10_000, 1, 28, 28)
-    assert torch.bincount(train.labels).tolist() == [6000] * 10 and train.source == "Fashion-MNIST"
+def test_the_real_data(capsys):
+    train = d.load_fashion_mnist("train", REAL)
+    assert_form(train, 60_000, "Fashion-MNIST")
+    assert_form(d.load_fashion_mnist("test", REAL), 10_000, "Fashion-MNIST")
     assert float(train.images.float().mean()) == pytest.approx(72.94, abs=0.01)
     assert capsys.readouterr().out == ""
-    shutil.copytree(REAL / RAW, tmp_path / RAW, ignore=shutil.ignore_patterns("*.gz"))
-    file = tmp_path / RAW / "train-images-idx3-ubyte"
-    file.chmod(0o644)
-    with file.open("r+b") as f:  # torchvision would take this one as it finds it
-        f.truncate(47_040_016 - 784)
-    assert load_fashion_mnist("train", tmp_path).is_stand_in
-    assert "train-images-idx3-ubyte" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------ the flowers
+
+@pytest.mark.parametrize("trouble", [None, "404", "another file", "forbidden"])
+def test_flowers_come_whole_and_once_or_not_at_all(tmp_path, serve, monkeypatch, capsys, trouble):
+    for name in ("daisy", "roses"):
+        (tmp_path / "made" / "flower_photos" / name).mkdir(parents=True)
+        Image.new("RGB", (150, 128)).save(tmp_path / "made" / "flower_photos" / name / "1.jpg")
+    packed = shutil.make_archive(tmp_path / "made", "gztar", tmp_path / "made")
+    data = pathlib.Path(packed).read_bytes()
+    server = serve(lambda r: r.send_error(404) if trouble == "404" else send(r, data))
+    monkeypatch.setattr(d, "FLOWERS", f"{server.url}/flowers.tgz")
+    digest = "0" * 32 if trouble == "another file" else hashlib.md5(data).hexdigest()
+    monkeypatch.setattr(d, "FLOWERS_MD5", digest)
+    monkeypatch.setenv("DDPM_DATA", str(tmp_path / "data"))
+    if trouble == "forbidden":
+        monkeypatch.setenv("DDPM_DOWNLOAD", "0")
+    flowers, out = d.load_flowers(32), capsys.readouterr().out
+    assert ("218 MiB" in out) == bool(server.asked) == (trouble != "forbidden")
+    assert (tmp_path / "data").exists() == (trouble != "forbidden")
+    server.asked.clear()
+    assert torch.equal(flowers.images, d.load_flowers(32).images)
+    left = [path.name for path in tmp_path.glob("data/*")]
+    if trouble:
+        assert flowers.is_stand_in and "stand-in" in out and left == []
+        assert flowers.images.shape == (2000, 3, 32, 32) and flowers.images.dtype == torch.uint8
+    else:  # the second time they are there
+        assert flowers.source == "flower_photos" and flowers.images.shape == (2, 3, 32, 32)
+        assert flowers.classes == ["daisy", "roses"] and left == ["flower_photos"]
+        assert server.asked == [] and capsys.readouterr().out == ""

@@ -13,7 +13,6 @@ import tempfile
 import textwrap
 
 import copy_taught
-import matplotlib.pyplot as plt
 from series import PATHS, ROOT, code_cells, each_notebook, has_figure, printed, prose, read, tagged
 
 LAST_HEADINGS = ["## Check yourself", "## What you learned", "## Common mistakes",
@@ -37,7 +36,7 @@ def test_head_and_closing_sections(path):
     headings = re.findall(r"^## .*$", "\n".join(prose(path)), re.MULTILINE)
     assert headings[-5:] == LAST_HEADINGS
     (mistakes,) = [text for text in prose(path) if "## Common mistakes" in text]
-    bullets = re.findall(r"^- ", mistakes[mistakes.index("## Common"):], re.MULTILINE)
+    bullets = re.findall(r"^- ", mistakes.split("## Common")[1], re.MULTILINE)
     assert len(bullets) >= 3, "each mistake is a bullet, with its symptom"
 
 
@@ -52,9 +51,8 @@ def test_set_up_cell_is_short_and_the_same_everywhere():
 def test_no_machinery_on_the_page(path):
     """And set-up and checks, which hold the answers, are collapsed in JupyterLab and in Colab."""
     source = "\n".join(cell["source"] for cell in code_cells(path))
-    assert not re.search(r"import[^\n]*[ ,(]_[a-z]", source), "a private name is imported"
-    for machinery in ("NBVAL_CHECK_OUTPUT", 'print("agrees: True")', "PYTEST", "pytest"):
-        assert machinery not in source
+    private = r"import[^\n]*[ ,(]_[a-z]"
+    assert not re.findall(rf"{private}|NBVAL_CHECK_OUTPUT|agrees: True|PYTEST|pytest", source)
     for cell in code_cells(path):
         if is_check(cell) or "setup" in cell["tags"]:
             assert cell["metadata"]["jupyter"]["source_hidden"] is True
@@ -72,9 +70,8 @@ def test_saved_from_a_fresh_kernel_and_with_no_path_of_a_machine(path):
         assert not is_check(cell) or "not attempted yet" in printed(cell)
         for output in cell["outputs"]:
             assert output["output_type"] != "error" and output.get("name") != "stderr", output
-            words = {kind: data for kind, data in output.get("data", {}).items()
-                     if not kind.startswith("image/")}
-            text = json.dumps([words, output.get("text")])
+            text = json.dumps([output.get("text"), *(data for kind, data in output.get(
+                "data", {}).items() if not kind.startswith("image/"))])
             assert not [home for home in homes if home in text], text[:300]
 
 
@@ -84,10 +81,8 @@ def test_size(path):
     assert path.stat().st_size < 1.5e6 and 40 <= len(read(path)["cells"]) <= 70
     assert not [text[:100] for text in prose(path) if len(text.split()) > 320]
     lesson = [cell for cell in code_cells(path) if not {"setup", "taught"} & set(cell["tags"])]
-    for cell in lesson:
-        assert len(cell["source"].splitlines()) <= 30, cell["source"][:200]
-    code = sum(len(cell["source"]) for cell in lesson if not is_check(cell))
-    assert sum(map(len, prose(path))) >= code
+    assert not [cell["source"] for cell in lesson if len(cell["source"].splitlines()) > 30]
+    assert sum(map(len, prose(path))) >= sum(len(c["source"]) for c in lesson if not is_check(c))
 
 
 @each_notebook
@@ -109,16 +104,8 @@ def test_enough_outputs_are_compared(path):
     assert len(compared) >= 5
     for cell in compared:
         assert printed(cell).strip(), "a compared cell that prints nothing compares nothing"
-        assert "%|" not in printed(cell), "a progress bar has speeds: it can't be compared"
-        assert not has_figure(cell)
-
-
-@each_notebook
-def test_links_lead_somewhere(path):
-    text = re.sub(r"```.*?```", "", "\n".join(prose(path)), flags=re.DOTALL)
-    for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", text):
-        if not re.search(r"[\\^_{}$]", target) or target.endswith(".ipynb"):
-            assert (path.parent / target).exists(), target
+        # a progress bar has speeds, and pictures differ too: they can't be compared
+        assert "%|" not in printed(cell) and not has_figure(cell)
 
 
 def test_copying_what_is_taught_changes_nothing():
@@ -148,16 +135,13 @@ def test_exercises(path, monkeypatch):
             exec(compile(source, path.name, "exec"), space)
         return text.getvalue().strip().splitlines()
 
-    for source in tagged(path, "setup", "needed", "taught"):
-        run(source)
+    run("\n".join(tagged(path, "setup", "needed", "taught")))
     for k in numbers:
         (stub,), (check,) = tagged(path, f"exercise-{k}"), tagged(path, f"check-{k}")
         summary = f"<summary>Solution of exercise {k}</summary>"
         (folded,) = [text for text in prose(path) if summary in text]
         assert folded.startswith("<details>") and folded.rstrip().endswith("</details>")
-        assert "raise NotImplementedError" in stub
         run(stub)
         assert run(check)[-1] == f"Exercise {k}: not attempted yet"
         run(textwrap.dedent(re.search(r"```python\n(.*?)```", folded, re.DOTALL)[1]))
         assert run(check)[-1] == f"Exercise {k}: correct"
-    plt.close("all")

@@ -43,6 +43,7 @@ REFERENCE = {
     "min_snr": None,
     "bf16": True,
     "channels_last": False,
+    "muon": None,
     "seed": 0,
 }
 # Notebook 04's ten lines, with the network that a plain U-Net tutorial would take
@@ -80,6 +81,16 @@ RECIPES = {
         "batch_size": 32,
         "seed": 2,
     },
+    **{
+        f"Muon, Min-SNR weights, rate 4e-3, batch 32, seed {seed}": {
+            "min_snr": 5,
+            "lr": 4e-3,
+            "batch_size": 32,
+            "muon": 5,
+            "seed": seed,
+        }
+        for seed in range(3)
+    },
     "Min-SNR weights with gamma 1": {"min_snr": 1},
     "Min-SNR weights with gamma 20": {"min_snr": 20},
     "float32": {"bf16": False},
@@ -99,6 +110,41 @@ RECIPES = {
     "predict x0": {"target": "x0"},
     "channels 32, 64, 128, predict the noise": {"channels": (32, 64, 128), "target": "noise"},
 }
+
+
+class Muon(torch.optim.Adam):
+    """Adam, but for inner convolutions steps that are orthogonal matrices, times lr * times.
+
+    Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks": the momentum's
+    singular values are brought near 1 by five Newton-Schulz iterations.
+    """
+
+    def __init__(self, params, lr, times, fused):
+        super().__init__(params, lr=lr, fused=fused)
+        self.times = times
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for p in self.param_groups[0]["params"]:
+            if p.dim() == 4 and min(p.shape[:2]) >= 8:  # not the stem and the last layer
+                state = self.state[p]
+                momentum = state.setdefault("momentum", torch.zeros_like(p)).lerp_(p.grad, 0.05)
+                step = orthogonal(p.grad.lerp(momentum, 0.95).flatten(1))
+                size = self.param_groups[0]["lr"] * self.times * max(1, len(p) / p[0].numel()) ** 0.5
+                p.sub_(step.view_as(p), alpha=size)
+                p.grad = None  # so that Adam leaves it alone
+        super().step(closure)
+
+
+def orthogonal(a):
+    """About U Vᵀ, where a = U S Vᵀ."""
+    tall = a.shape[0] > a.shape[1]
+    a = (a.T if tall else a).bfloat16()
+    a = a / (a.norm() + 1e-7)
+    for _ in range(5):
+        s = a @ a.T
+        a = 3.4445 * a + (-4.7750 * s + 2.0315 * s @ s) @ a
+    return (a.T if tall else a).float()
 
 
 def build(recipe):
@@ -134,11 +180,13 @@ def as_noise(model, schedule, target):
 def train(recipe, images, steps, progress=True):
     model, schedule = build(recipe)
     ema = d.EMA(model, recipe["ema"]) if recipe["ema"] else None
-    amp, rate = d.amp_dtype, d.learning_rate
+    amp, rate, adam = d.amp_dtype, d.learning_rate, torch.optim.Adam
     if not recipe["bf16"]:
         d.amp_dtype = lambda device: None
     if not recipe["decay"]:
         d.learning_rate = lambda step, steps, peak, warmup: peak
+    if recipe["muon"]:
+        torch.optim.Adam = functools.partial(Muon, times=recipe["muon"])
     try:
         losses = d.train(
             model,
@@ -155,7 +203,7 @@ def train(recipe, images, steps, progress=True):
             progress=progress,
         )
     finally:
-        d.amp_dtype, d.learning_rate = amp, rate
+        d.amp_dtype, d.learning_rate, torch.optim.Adam = amp, rate, adam
     return (ema.model if ema else model), schedule, losses
 
 
@@ -164,6 +212,7 @@ def speed_key(recipe):
     return json.dumps(
         [recipe[k] for k in ("channels", "patch", "batch_size", "bf16", "channels_last")]
         + [recipe["ema"] is not None]
+        + ["muon"] * (recipe["muon"] is not None)
     )
 
 

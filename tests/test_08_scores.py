@@ -1,4 +1,4 @@
-"""Notebook 08, out of its cells: scores, Langevin walks, the SDE and its reverse, against something independent.
+"""Notebook 08, out of its cells: scores, Langevin walks, the SDE and its reverse.
 
 That the flow carries the density as Fokker and Planck say, where ᾱ is that integral of β, the
 notebook itself asserts.
@@ -74,7 +74,8 @@ def test_both_ways_back_end_in_the_data_and_the_mixed_up_ones_do_not(step, right
 
 
 def test_one_step_on_a_standard_normal():
-    """For data N(0, 1) the score is -x at every time: the flow stands still, the SDE keeps the variance."""
+    """For data N(0, 1) the score is -x at every time: the flow stands still, the SDE keeps the
+    variance."""
     r = torch.Generator().manual_seed(0)
     x, noise = torch.randn(2, 400_000, dtype=torch.float64, generator=r)
     assert torch.equal(nb.flow_step(x, -x, 0.01), x)

@@ -9,12 +9,14 @@ the weights (the EMA's) it writes a .json with the curve, the speed and the loss
 import argparse
 import json
 import pathlib
+import statistics
 import sys
 import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent.parent))
 
 import torch  # noqa: E402
+from quality import quick  # noqa: E402
 
 import ddpm_utils as d  # noqa: E402
 
@@ -38,7 +40,7 @@ schedule = d.cosine_schedule()
 model = d.UNet(classes=10).to(device, memory_format=torch.channels_last)
 start = {name: value.clone() for name, value in model.state_dict().items()}
 fast = torch.compile(model, mode="reduce-overhead") if device.type == "cuda" else model
-classifier, statistics = d.load_classifier(device)
+classifier, reference = d.load_classifier(device)
 curve, clock = {}, {}
 
 
@@ -50,18 +52,12 @@ def train(steps, ema, callback=None, every=500):
 
 def distance(network, n=1_000):
     """By DDIM in 50 steps, no label, as in quality.py."""
-    half = d.amp_dtype(device)
-    predict = d.NoiseFromV(network, schedule.to(device))
-
-    def noise(xt, t):
-        with torch.autocast(device.type, dtype=half or torch.bfloat16, enabled=half is not None):
-            return predict(xt, t).float()
-
+    predict = quick(d.NoiseFromV(network, schedule.to(device)))
     generator = torch.Generator(device).manual_seed(0)
     with torch.no_grad():
-        x = d.ddim_sample(noise, schedule.to(device), n, 50, generator=generator, progress=False)
+        x = d.ddim_sample(predict, schedule.to(device), n, 50, generator=generator, progress=False)
     features, _ = d.garment_features(classifier, x)
-    return d.frechet_distance(*d.feature_statistics(features), *statistics)
+    return d.frechet_distance(*d.feature_statistics(features), *reference)
 
 
 def look(step):
@@ -90,8 +86,9 @@ losses = train(steps, ema, look, every)
 minutes = (time.perf_counter() - clock["start"]) / 60
 d.save_checkpoint(chosen.out, ema.model, schedule)
 about = {"steps planned": steps, "steps": len(losses), "minutes": round(minutes, 2),
-         "images": len(losses) * chosen.batch, "loss": round(sum(losses[-1000:]) / 1000, 4),
-         "torch": torch.__version__, "curve": curve, "settings": {k: str(v) for k, v in vars(chosen).items()},
+         "images": len(losses) * chosen.batch, "loss": round(statistics.mean(losses[-1000:]), 4),
+         "torch": torch.__version__, "curve": curve,
+         "settings": {k: str(v) for k, v in vars(chosen).items()},
          "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
          "distance at the end": round(distance(ema.model), 2)}
 chosen.out.with_suffix(".json").write_text(json.dumps(about, indent=1) + "\n")

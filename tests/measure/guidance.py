@@ -18,6 +18,7 @@ HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))
 
 import torch  # noqa: E402
+from quality import quick  # noqa: E402
 
 import ddpm_utils as d  # noqa: E402
 
@@ -27,15 +28,14 @@ BATCH = 500  # fifty of each class
 
 
 def sample(model, schedule, w, n):
-    half = d.amp_dtype(schedule.betas.device)
+    model = quick(model)
     y = torch.arange(BATCH, device=schedule.betas.device) % 10
     nobody = torch.full_like(y, 10)
 
     def network(xt, t):
-        with torch.autocast(xt.device.type, dtype=half or torch.bfloat16, enabled=half is not None):
-            if w in (0, 1):
-                return model(xt, t, y if w else nobody).float()
-            both = model(torch.cat([xt, xt]), torch.cat([t, t]), torch.cat([y, nobody])).float()
+        if w in (0, 1):
+            return model(xt, t, y if w else nobody)
+        both = model(torch.cat([xt, xt]), torch.cat([t, t]), torch.cat([y, nobody]))
         with_label, without = both.chunk(2)
         return without + w * (with_label - without)
 

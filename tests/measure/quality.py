@@ -49,10 +49,10 @@ def file_of(key, row):
 def quick(model):
     """The same network in the device's fast type."""
 
-    def network(xt, t):
+    def network(xt, t, *y):
         half = d.amp_dtype(xt.device)
         with torch.autocast(xt.device.type, dtype=half or torch.bfloat16, enabled=half is not None):
-            return model(xt, t).float()
+            return model(xt, t, *y).float()
 
     return network
 

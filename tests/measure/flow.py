@@ -20,6 +20,7 @@ HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))
 
 import torch  # noqa: E402
+from quality import quick  # noqa: E402
 
 import ddpm_utils as d  # noqa: E402
 
@@ -31,15 +32,7 @@ CALLS = (20, 10, 5)
 
 def sample(network, schedule, sampler, calls, n):
     """n images of a bare network, whose target tells how to wrap it."""
-    half = d.amp_dtype(schedule.betas.device)
     wrapped = (d.NoiseFromFlow if network.target == "flow" else d.NoiseFromV)(network, schedule)
-
-    def quick(model):
-        def predict(xt, t):
-            with torch.autocast(xt.device.type, dtype=half or torch.bfloat16, enabled=bool(half)):
-                return model(xt, t).float()
-
-        return predict
 
     for k in range(n // BATCH):
         x_T = torch.randn(BATCH, 1, 28, 28, generator=torch.Generator().manual_seed(k))

@@ -4,7 +4,7 @@
     python tests/measure/quality.py --only "DDIM 20"      some rows
     python tests/measure/quality.py --weights FILE        another checkpoint of the same network
     python tests/measure/quality.py --table               print what was measured
-    python tests/measure/quality.py --pictures          draw the card's pictures from the rows that are there
+    python tests/measure/quality.py --pictures            draw the card's pictures (after the row DDIM 20)
 
 The distances are Fréchet's, to the 60,000 training images in the shipped classifier's features; each row also measures
 how near its images are to the nearest training image, and the floors are those of as many real test images. The
